@@ -1,0 +1,202 @@
+"""Memory and speed of a model with LU-KV against stock, both sides in one run.
+
+Each side runs in a process of its own, so that its peak memory is its own. The runs take turns, `repeat` times, and
+the best rate of each side counts: what else the machine does can only make it slower.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lukv_gguf import metadata
+from lukv_gguf.calibration import load_default
+from lukv_gguf.errors import LukvError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process measures."""
+
+    model: str
+    ratio: float | None  # None: stock
+    n_ctx: int
+    depth: int
+    n_gen: int
+    n_ubatch: int
+    n_threads: int
+    flash_attn: bool
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One benchmark.
+
+    Attributes
+    ----------
+    ratio : kept fraction of the cache.
+    n_ctx, depth : context that is allocated, and tokens in it before generation starts.
+    kv_bytes_* : bytes allocated for K and V.
+    prefill_tps_*, decode_tps_* : tokens per second, reading `depth` tokens and then generating.
+    decode_tps_stock_same_cells : stock at the depth ``ratio * depth``: as many cells as LU-KV keeps.
+    peak_rss_* : largest resident memory of the process, bytes.
+    """
+
+    ratio: float
+    n_ctx: int
+    depth: int
+    kv_bytes_stock: int
+    kv_bytes_lukv: int
+    decode_tps_stock: float
+    decode_tps_lukv: float
+    decode_tps_stock_same_cells: float
+    prefill_tps_stock: float
+    prefill_tps_lukv: float
+    peak_rss_stock: int
+    peak_rss_lukv: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def bench(
+    model: str | Path,
+    *,
+    n_ctx: int,
+    depth: int,
+    ratio: float | None = None,
+    n_gen: int = 128,
+    n_ubatch: int = 512,
+    n_threads: int = 2,
+    flash_attn: bool = True,
+    repeat: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BenchResult:
+    """Measure a model with LU-KV and without.
+
+    Parameters
+    ----------
+    model
+        GGUF file. Without an embedded table, `ratio` must be given; the budgets are then uniform.
+    n_ctx, depth
+        Context to allocate, and tokens to read into it.
+    ratio
+        Kept fraction; the embedded one by default.
+    n_gen
+        Tokens to generate.
+    repeat
+        Times that every side runs.
+
+    Raises
+    ------
+    LukvError
+        The model cannot be used, or the tokens do not fit into the context.
+    """
+    if depth < 1 or n_gen < 1 or depth + n_gen > n_ctx:
+        raise LukvError(f"depth {depth} and {n_gen} generated tokens do not fit into a context of {n_ctx}: raise --n-ctx")
+    if ratio is None:
+        embedded = metadata.read_metadata(model)
+        if embedded is None:
+            raise LukvError(f"{model} has no LU-KV table: embed one (lukv-gguf embed) or give --ratio for uniform budgets")
+        ratio = embedded.ratio
+
+    def run(side_ratio: float | None, side_depth: int) -> Run:
+        return Run(str(model), side_ratio, n_ctx, side_depth, n_gen, n_ubatch, n_threads, flash_attn)
+
+    sides = {
+        "stock": run(None, depth),
+        "LU-KV": run(ratio, depth),
+        "stock, same cells": run(None, max(1, round(ratio * depth))),
+    }
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for i in range(repeat):
+        for j, (name, side) in enumerate(sides.items()):
+            if progress is not None:
+                progress(name, i * len(sides) + j, repeat * len(sides))
+            results[name].append(_measure_in_process(side))
+    if progress is not None:
+        progress("done", repeat * len(sides), repeat * len(sides))
+
+    def best(name: str, field: str) -> float:
+        return max(result[field] for result in results[name])
+
+    return BenchResult(
+        ratio=ratio,
+        n_ctx=n_ctx,
+        depth=depth,
+        kv_bytes_stock=best("stock", "kv_bytes"),
+        kv_bytes_lukv=best("LU-KV", "kv_bytes"),
+        decode_tps_stock=best("stock", "decode_tps"),
+        decode_tps_lukv=best("LU-KV", "decode_tps"),
+        decode_tps_stock_same_cells=best("stock, same cells", "decode_tps"),
+        prefill_tps_stock=best("stock", "prefill_tps"),
+        prefill_tps_lukv=best("LU-KV", "prefill_tps"),
+        peak_rss_stock=best("stock", "peak_rss"),
+        peak_rss_lukv=best("LU-KV", "peak_rss"),
+    )
+
+
+def _measure_in_process(run: Run) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lukv_gguf.bench", json.dumps(asdict(run))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if "LU-KV" in line or "error" in line.lower()]
+        raise LukvError(f"the benchmark of {run.model} failed: {(reasons or lines or ['no output'])[-1].strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Measure one side in this process."""
+    from llama_cpp import Llama
+
+    from lukv_gguf import runtime
+
+    overrides: dict[str, Any] = {"lukv.enabled": False} if run.ratio is None else {"lukv.ratio": run.ratio}
+    llama = Llama(
+        model_path=run.model,
+        n_ctx=run.n_ctx,
+        n_batch=max(run.n_ubatch, 512),
+        n_ubatch=run.n_ubatch,
+        n_threads=run.n_threads,
+        n_threads_batch=run.n_threads,
+        flash_attn=run.flash_attn,
+        kv_overrides=overrides,
+        verbose=False,
+    )
+    if run.ratio is not None and not runtime.enabled(llama):
+        raise LukvError(f"LU-KV does not support this model: llama-cli -m {run.model} says why")
+    text = llama.tokenize(load_default()[0].encode())
+    tokens = (text * (run.depth // len(text) + 2))[: run.depth + run.n_gen]
+
+    llama.eval(tokens[:1])  # the first computation allocates
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+
+    start = time.perf_counter()
+    llama.eval(tokens[: run.depth])
+    read = time.perf_counter()
+    for token in tokens[run.depth :]:
+        llama.eval([token])
+    end = time.perf_counter()
+    return {
+        "kv_bytes": runtime.memory_size(llama),
+        "prefill_tps": run.depth / (read - start),
+        "decode_tps": run.n_gen / (end - read),
+        # kilobytes, on macOS bytes
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(measure(Run(**json.loads(sys.argv[1])))))
+    except (LukvError, ValueError) as error:
+        sys.exit(f"error: {error}")

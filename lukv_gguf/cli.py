@@ -1,0 +1,335 @@
+"""The command `lukv-gguf`: it parses and prints, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lukv_gguf import __version__, defaults
+from lukv_gguf.errors import LukvError
+
+if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
+    import numpy as np
+    from rich.text import Text
+
+    from lukv_gguf.bench import BenchResult
+    from lukv_gguf.metadata import LukvMetadata
+
+EXIT_INTERRUPTED = 130
+
+_LEVELS = (0.01, 0.05, 0.10, 0.20, 0.35, 0.50, 0.75, 0.95)
+_BLOCKS = "·▁▂▃▄▅▆▇█"
+_DIGITS = ".12345678"  # for a terminal without block characters
+_COLOURS = ("grey50", "#46337f", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#d8e219", "#fde725")
+_TERMINAL_COLUMNS = 80
+_LABEL_COLUMNS = 8
+_CELL_COLUMNS = 2
+_STAGE_NAMES = {"write": "writing the model"}
+
+
+class _OneLineError(click.ClickException):
+    """An error as one line on stderr."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message.replace("\n", " "))
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"lukv-gguf: error: {self.message}", file=file, err=True)
+
+
+class _Group(click.Group):
+    """A group whose commands fail with one line, never with a traceback (unless --debug asks for it)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "lukv-gguf"
+            raise _OneLineError(f"{error.format_message()} See '{path} --help'.", error.exit_code) from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("lukv-gguf: interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except LukvError as error:
+            raise _OneLineError(str(error)) from None
+        except Exception as error:
+            if ctx.params["debug"] or getattr(error, "errno", None) == errno.EPIPE:  # click knows about closed pipes
+                raise
+            if isinstance(error, OSError):
+                raise _OneLineError(str(error)) from None
+            kind = type(error).__name__
+            raise _OneLineError(f"unexpected {kind}: {error} (run 'lukv-gguf --debug …' for details)") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lukv-gguf")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def cli(debug: bool) -> None:
+    """LU-KV for GGUF models: an answer from a fraction of the KV cache."""
+
+
+def main() -> None:
+    """Entry point of the program."""
+    for name in ("SIGTERM", "SIGHUP"):  # the latter not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has set SIG_IGN
+            signal.signal(number, _interrupt)
+    cli(prog_name="lukv-gguf")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("-r", "--ratio", type=float, default=defaults.RATIO, show_default=True,
+              help="Kept fraction of the whole KV cache, in (0, 1].")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
+              help="Output file.  [default: MODEL-lukv.gguf beside the input]")
+@click.option("-f", "--force", is_flag=True,
+              help="Overwrite an existing output. One that carries a LU-KV table is replaced in any case.")
+@click.option("--policy", type=click.Choice(["capacity", "prefill"]), default=defaults.POLICY, show_default=True,
+              help="When to evict: from a head that is full, or once after the prompt.")
+@click.option("--metric", default=defaults.METRIC, show_default=True, help="Score that ranks a head's tokens.")
+@click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
+              help="Kept fraction that no head falls below.")
+@click.option("--blend", type=float, default=defaults.BLEND, show_default=True,
+              help="Share of uniform budgets mixed in, 0 to 1.")
+@click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
+              help="Tokens never evicted at the start.")
+@click.option("--recent", type=click.IntRange(min=0), default=defaults.RECENT, show_default=True,
+              help="Tokens never evicted at the end.")
+@click.option("--objective", type=click.Choice(["relative", "paper"]), default=defaults.OBJECTIVE, show_default=True,
+              help="Importance relative to the residual stream, or as in the paper.")
+@click.option("--context", type=click.Path(path_type=Path), metavar="FILE",
+              help="Your own calibration text, with --questions.")
+@click.option("--questions", type=click.Path(path_type=Path), metavar="FILE",
+              help='Its questions: JSON, {"questions": ["…"]}.')
+def embed(
+    model: Path,
+    output: Path | None,
+    force: bool,
+    context: Path | None,
+    questions: Path | None,
+    **options: Any,
+) -> None:
+    """Profile a model, solve its budgets, and write a copy that carries them.
+
+    The copy is a normal model everywhere: tensors and all other metadata stay the same, byte for byte.
+    """
+    # read when torch is loaded: threads that spin at every barrier stall as soon as anything else wants the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    from lukv_gguf import calibration
+    from lukv_gguf.embed import default_output, embed_model
+
+    if (context is None) != (questions is None):
+        raise click.UsageError("--context and --questions go together.")
+    calibration_text = calibration.load(context, questions) if context and questions else None
+    started = time.monotonic()
+    with _progress_bars() as progress:
+        meta = embed_model(
+            model, output, overwrite=force, calibration_text=calibration_text, progress=progress, **options
+        )
+    click.echo(f"written  {output or default_output(model)}")
+    click.echo(f"keeps    {meta.ratio:.1%} of the KV cache, policy {meta.policy}, metric {meta.metric}")
+    click.echo(f"heads    {_spread(meta.budget)}")
+    click.echo(f"time     {time.monotonic() - started:.1f} s")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the LU-KV table that a model carries."""
+    from lukv_gguf.metadata import read_metadata
+
+    meta = read_metadata(model)
+    if as_json:
+        click.echo(json.dumps({"embedded": meta is not None, **(meta.to_dict() if meta else {})}))
+    elif meta is None:
+        click.echo(f"{model}: no LU-KV table")
+    else:
+        _print_metadata(model, meta)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
+              help="Output file.  [default: MODEL-stripped.gguf beside the input]")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
+def strip(model: Path, output: Path | None, force: bool) -> None:
+    """Write a copy of a model without its LU-KV table."""
+    from lukv_gguf.embed import strip_model
+
+    with _progress_bars() as progress:
+        written = strip_model(model, output, overwrite=force, progress=progress)
+    click.echo(f"written  {written}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("--n-ctx", type=click.IntRange(min=1), required=True, help="Context to allocate, in tokens.")
+@click.option("--depth", type=click.IntRange(min=1), required=True, help="Tokens to read before generation starts.")
+@click.option("-r", "--ratio", type=float, help="Kept fraction.  [default: the embedded one]")
+@click.option("--n-gen", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--ubatch", "n_ubatch", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Tokens per computation while reading.")
+@click.option("--threads", "n_threads", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1,
+              show_default="all cores", help="Threads.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Times that each side runs; the best counts.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(model: Path, as_json: bool, **options: Any) -> None:
+    """Measure memory and speed with LU-KV against the full cache.
+
+    Both sides run in turn, each in a process of its own; so does the full cache at the depth RATIO x DEPTH, which reads
+    as many cells as LU-KV keeps.
+    """
+    from lukv_gguf.bench import bench as run_bench
+
+    with _progress_bars() as progress:
+        result = run_bench(model, progress=lambda _, done, total: progress("runs", done, total), **options)
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+    else:
+        _print_bench(result)
+
+
+def heatmap(budget: np.ndarray, encoding: str = "utf-8") -> list[Text]:
+    """Lines that show kept fractions [L, H]: a row for each head, two columns for each layer, in bands of 80 columns.
+
+    The last row of a band is the mean of each layer. Without block characters in `encoding`, digits stand for them.
+    """
+    import numpy as np
+    from rich.text import Text
+
+    glyphs = _BLOCKS if _can_encode(_BLOCKS, encoding) else _DIGITS
+
+    def cell(value: float) -> tuple[str, str]:
+        level = int(np.searchsorted(_LEVELS, value, side="right"))
+        return glyphs[level] + " ", _COLOURS[level]
+
+    n_layer, n_head_kv = budget.shape
+    band = (_TERMINAL_COLUMNS - _LABEL_COLUMNS) // _CELL_COLUMNS // 5 * 5
+    lines = []
+    for first in range(0, n_layer, band):
+        layers = range(first, min(first + band, n_layer))
+        ticks = "".join(f"{layer:<{5 * _CELL_COLUMNS}}" for layer in layers[::5])
+        lines.append(Text(f"{'layer':<{_LABEL_COLUMNS}}{ticks}".rstrip(), style="dim"))
+        rows = [(f"head {head}", budget[:, head]) for head in range(n_head_kv)] + [("mean", budget.mean(axis=1))]
+        for label, values in rows:
+            line = Text.assemble(f"{label:<{_LABEL_COLUMNS}}", *(cell(values[layer]) for layer in layers))
+            line.rstrip()
+            lines.append(line)
+        lines.append(Text(""))
+    bounds = (0.0, *_LEVELS)
+    legend: list[str | tuple[str, str]] = [f"{'kept %':<{_LABEL_COLUMNS}}"]
+    for low in bounds:
+        legend += [cell(low), (f"<{_LEVELS[0]:.0%}  " if low == 0.0 else f"{low * 100:.0f}+  ", "dim")]
+    return [*lines, Text.assemble(*legend)]
+
+
+def _print_metadata(model: Path, meta: LukvMetadata) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    ratios = meta.profile_ratios
+    params = "".join(f", {name} {value}" for name, value in meta.metric_params.items())
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "model": str(model),
+        "state": "on" if meta.enabled else "off",
+        "ratio": f"{meta.ratio:.4g} of the KV cache is kept",
+        "policy": meta.policy,
+        "metric": meta.metric + params,
+        "protected": f"first {meta.sink}, last {meta.recent} tokens",
+        "shape": f"{meta.n_layer} layers x {meta.n_head_kv} KV heads",
+        "heads": _spread(meta.budget),
+        "profile": f"{len(ratios)} ratios, {ratios[0]:.4g} to {ratios[-1]:.4g}",
+        **meta.provenance,
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+    console.print()
+    for line in heatmap(meta.budget, console.encoding):
+        console.print(line)
+
+
+def _print_bench(result: BenchResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"context {result.n_ctx}, {result.depth} tokens in it, ratio {result.ratio:.4g}")
+    table.add_column("")
+    for name in ("full cache", "LU-KV", "LU-KV / full"):
+        table.add_column(name, justify="right")
+
+    def add(label: str, full: float, lukv: float, unit: float, digits: int) -> None:
+        table.add_row(label, f"{full / unit:.{digits}f}", f"{lukv / unit:.{digits}f}", f"{lukv / full:.3f}")
+
+    add("KV cache, MiB", result.kv_bytes_stock, result.kv_bytes_lukv, 2**20, 1)
+    add("peak memory, MiB", result.peak_rss_stock, result.peak_rss_lukv, 2**20, 0)
+    add("reading, tokens/s", result.prefill_tps_stock, result.prefill_tps_lukv, 1, 1)
+    add("generating, tokens/s", result.decode_tps_stock, result.decode_tps_lukv, 1, 1)
+    add("  full cache with as many cells", result.decode_tps_stock_same_cells, result.decode_tps_lukv, 1, 1)
+    Console(highlight=False).print(table)
+
+
+def _spread(budget: np.ndarray) -> str:
+    import numpy as np
+
+    low, first, median, third, high = np.quantile(budget, [0.0, 0.25, 0.5, 0.75, 1.0])
+    return f"keep {low:.1%} to {high:.1%} (quartiles {first:.1%}, {median:.1%}, {third:.1%})"
+
+
+def _can_encode(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A callback (stage, done, total) that draws one bar a stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if not tasks:  # not before: an error in the checks is then the only output
+            bars.start()
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(_STAGE_NAMES.get(stage, stage))
+        bars.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        if tasks:
+            bars.stop()
+
+
+def _interrupt(signal_number: int, frame: Any) -> None:
+    raise KeyboardInterrupt  # end like Ctrl-C, so that nothing is left behind
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What the command line and the Python functions use when nothing else is said."""
+
+from __future__ import annotations
+
+RATIO = 0.2
+"""Kept fraction of the whole KV cache."""
+METRIC = "keydiff"
+"""Intra-head metric."""
+OBJECTIVE = "relative"
+"""Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
+FLOOR = 0.0
+"""Kept fraction that no head falls below."""
+BLEND = 0.3
+"""Share of uniform budgets mixed into the solved ones."""
+SINK = 4
+"""Tokens at the start of a sequence that are never evicted."""
+RECENT = 16
+"""Tokens at the end of a sequence that are never evicted."""
+POLICY = "capacity"
+"""When to evict: a head that is full (capacity), or once after the prompt (prefill)."""

@@ -1,0 +1,1 @@
+"""Quality of what the cache keeps."""

@@ -1,0 +1,169 @@
+"""The patched llama.cpp from Python: what the cache of a live model holds.
+
+Works on a ``llama_cpp.Llama`` (or a raw ``llama_context_p``) of the patched build; the C side is
+``native/include/llama-lukv.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lukv_gguf.errors import LukvError
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """Cells of a live cache.
+
+    Attributes
+    ----------
+    used, owned : int32 arrays [n_layer, n_head_kv]
+        Cells that hold a token, and cells in the budget of each head. A head may use up to ``recent`` more than it
+        owns, for the tokens in flight.
+    recent : int
+        Cells of each head for the tokens in flight.
+    ratio : float
+        Kept fraction that the budgets are for.
+    evictions : int
+        Times that cells were evicted.
+    bytes : int
+        Bytes allocated for K and V.
+    """
+
+    used: np.ndarray
+    owned: np.ndarray
+    recent: int
+    ratio: float
+    evictions: int
+    bytes: int
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    import llama_cpp.llama_cpp as binding
+
+    library = binding._lib
+    if not hasattr(library, "llama_lukv_enabled"):
+        raise LukvError(
+            "this llama_cpp is not the patched build: install it with scripts/setup.sh (the README's first command)"
+        )
+
+    context = binding.llama_context_p_ctypes
+    signatures = {
+        "enabled": (ctypes.c_bool, [context]),
+        "memory_size": (ctypes.c_uint64, [context]),
+        "n_layer": (ctypes.c_int32, [context]),
+        "n_head_kv": (ctypes.c_int32, [context]),
+        "ratio": (ctypes.c_float, [context]),
+        "n_cells_recent": (ctypes.c_int32, [context]),
+        "n_evictions": (ctypes.c_int64, [context]),
+        "n_cells_owned": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
+        "n_cells_used": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
+        "get_positions": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+        ),
+        "commit": (ctypes.c_bool, [context]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"llama_lukv_{name}")
+        function.restype = result
+        function.argtypes = arguments
+    return library
+
+
+def program(name: str) -> Path:
+    """Path of a program of the patched build, e.g. ``llama-cli``.
+
+    Raises
+    ------
+    LukvError
+        The installed llama_cpp came without programs.
+    """
+    import llama_cpp
+
+    path = Path(llama_cpp.__file__).parent / "bin" / name
+    if not path.exists():
+        raise LukvError(f"{name} is not installed with llama_cpp: run scripts/setup.sh (the README's first command)")
+    return path
+
+
+def _context(llama: Any) -> Any:
+    return getattr(llama, "ctx", llama)
+
+
+def enabled(llama: Any) -> bool:
+    """Whether the cells of this model are budgeted per head; False for an ordinary KV cache."""
+    return _library().llama_lukv_enabled(_context(llama))
+
+
+def memory_size(llama: Any) -> int:
+    """Bytes allocated for K and V, with or without LU-KV."""
+    return _library().llama_lukv_memory_size(_context(llama))
+
+
+def usage(llama: Any) -> CacheUsage:
+    """Cells used and owned per layer and head.
+
+    Raises
+    ------
+    LukvError
+        If the model runs with an ordinary KV cache.
+    """
+    library, context = _library(), _context(llama)
+    _require_enabled(llama)
+    shape = library.llama_lukv_n_layer(context), library.llama_lukv_n_head_kv(context)
+
+    def per_head(function: Any) -> np.ndarray:
+        return np.array([[function(context, il, ih) for ih in range(shape[1])] for il in range(shape[0])], np.int32)
+
+    return CacheUsage(
+        used=per_head(library.llama_lukv_n_cells_used),
+        owned=per_head(library.llama_lukv_n_cells_owned),
+        recent=library.llama_lukv_n_cells_recent(context),
+        ratio=library.llama_lukv_ratio(context),
+        evictions=library.llama_lukv_n_evictions(context),
+        bytes=library.llama_lukv_memory_size(context),
+    )
+
+
+def positions(llama: Any, layer: int, head: int) -> np.ndarray:
+    """Positions that a head can attend to, ascending: int32 [n].
+
+    Raises
+    ------
+    LukvError
+        If the model runs with an ordinary KV cache, or has no such head.
+    """
+    library, context = _library(), _context(llama)
+    _require_enabled(llama)
+    n = library.llama_lukv_get_positions(context, layer, head, None, 0)
+    if n < 0:
+        raise LukvError(f"the model has no KV head ({layer}, {head})")
+    result = np.empty(n, np.int32)
+    library.llama_lukv_get_positions(context, layer, head, result.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+    return result
+
+
+def commit(llama: Any) -> None:
+    """Bring every head down to its budget now; under the policy ``prefill`` this ends the prompt.
+
+    Raises
+    ------
+    LukvError
+        If the computation failed; the cache is then unchanged.
+    """
+    _require_enabled(llama)
+    if not _library().llama_lukv_commit(_context(llama)):
+        raise LukvError("llama.cpp could not evict: see its log for the reason")
+
+
+def _require_enabled(llama: Any) -> None:
+    if not enabled(llama):
+        raise LukvError("this model runs with an ordinary KV cache: embed a table (lukv-gguf embed) or set lukv.ratio")

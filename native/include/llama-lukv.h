@@ -1,0 +1,51 @@
+#pragma once
+
+// LU-KV: per-head KV cache budgets (https://arxiv.org/abs/2602.08585)
+//
+// The budgets come from the model's metadata (keys lukv.*) and are changed at load time with
+// llama_model_params.kv_overrides. This header reports what the cache of a live context holds.
+//
+// A head is a pair (il, ih): the il-th layer and the ih-th KV head of that layer. A cell holds the K and V of one head
+// for one position.
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    // true if the cells of ctx are budgeted per head; false if ctx uses an ordinary KV cache
+    LLAMA_API bool llama_lukv_enabled(const struct llama_context * ctx);
+
+    // bytes allocated for the memory (K and V) of ctx, for every kind of memory
+    LLAMA_API uint64_t llama_lukv_memory_size(const struct llama_context * ctx);
+
+    // the functions below return 0 if ctx is not budgeted
+
+    LLAMA_API int32_t llama_lukv_n_layer  (const struct llama_context * ctx);
+    LLAMA_API int32_t llama_lukv_n_head_kv(const struct llama_context * ctx);
+
+    // kept fraction that the budgets are for
+    LLAMA_API float llama_lukv_ratio(const struct llama_context * ctx);
+
+    // cells that each head owns beyond its budget, for the tokens in flight
+    LLAMA_API int32_t llama_lukv_n_cells_recent(const struct llama_context * ctx);
+
+    // times that cells were evicted
+    LLAMA_API int64_t llama_lukv_n_evictions(const struct llama_context * ctx);
+
+    // cells of a head: owned (its budget) and used; -1 if there is no such head
+    LLAMA_API int32_t llama_lukv_n_cells_owned(const struct llama_context * ctx, int32_t il, int32_t ih);
+    LLAMA_API int32_t llama_lukv_n_cells_used (const struct llama_context * ctx, int32_t il, int32_t ih);
+
+    // positions that a head can attend to, ascending. at most n_max are written to res (may be NULL)
+    // returns their number, -1 if there is no such head
+    LLAMA_API int32_t llama_lukv_get_positions(const struct llama_context * ctx, int32_t il, int32_t ih, llama_pos * res, int32_t n_max);
+
+    // bring every head down to its budget now. under the policy "prefill" this ends the prefill
+    // returns false if the computation failed; the cache is then unchanged
+    LLAMA_API bool llama_lukv_commit(struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,183 @@
+"""Build the patched llama-cpp-python wheel, or take it from the cache. Prints the path of the wheel.
+
+The wheel holds the Python package llama_cpp, its libraries (llama_cpp/lib) and the programs (llama_cpp/bin). It is
+cached by content: the key covers the source archive, patches/, native/, this script, the options, the compiler and, as
+the code is built for this processor, its features. A wheel enters the cache by a rename, once it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+SDIST = "llama-cpp-python==0.3.36"
+SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+PROGRAMS = ["llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-completion"]
+CMAKE_OPTIONS = [
+    "-DLLAVA_BUILD=OFF",  # mtmd comes with the tools
+    "-DLLAMA_BUILD_TOOLS=ON",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded
+    "-DLLAMA_TOOLS_INSTALL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+]
+TARGETS = ["llama", "mtmd", *PROGRAMS]
+
+
+def cache_dir() -> Path:
+    """Where builds and downloads are kept: $LUKV_CACHE, else the user's cache."""
+    if "LUKV_CACHE" in os.environ:
+        return Path(os.environ["LUKV_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lukv-gguf"
+
+
+def fail(message: str) -> None:
+    sys.exit(f"build_llama_cpp: error: {message}")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sources() -> list[Path]:
+    return sorted(p for folder in ("patches", "native") for p in (ROOT / folder).rglob("*") if p.is_file())
+
+
+def processor() -> str:
+    """The features that -march=native sees."""
+    try:
+        flags = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
+        return flags[0] if flags else platform.processor()
+    except OSError:
+        return platform.processor()
+
+
+def build_key(options: list[str]) -> str:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        fail("no C++ compiler found: install one (Debian: apt-get install g++)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+    key = hashlib.sha256()
+    for part in [SDIST_SHA256, sha256(Path(__file__)), *options, version, platform.machine(), processor()]:
+        key.update(part.encode() + b"\0")
+    for path in sources():
+        key.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return key.hexdigest()[:16]
+
+
+def fetch_sdist(folder: Path) -> Path:
+    path = folder / SDIST_FILE
+    if path.exists() and sha256(path) == SDIST_SHA256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        print(f"fetching {SDIST}", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", temporary, SDIST]
+        result = subprocess.run(pip, capture_output=True, text=True)
+        if result.returncode:
+            fail(f"cannot download {SDIST}: {result.stderr.strip().splitlines()[-1]}")
+        found = Path(temporary) / SDIST_FILE
+        if sha256(found) != SDIST_SHA256:
+            fail(f"{SDIST_FILE} is not the file that the patches are made for (sha256 {sha256(found)})")
+        found.replace(path)
+    return path
+
+
+def prepare(sdist: Path, folder: Path, key: str) -> Path:
+    """Unpack the source, apply the patches without fuzz and add the new files."""
+    shutil.unpack_archive(sdist, folder, filter="data")
+    source = folder / SDIST_FILE.removesuffix(".tar.gz")
+    for patch in sorted((ROOT / "patches").glob("*.patch")):
+        # not inside a repository: the paths are relative to the current folder
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder), "GIT_DIR": os.devnull}
+        result = subprocess.run(["git", "apply", str(patch)], cwd=source, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            fail(f"{patch.name} does not apply: {result.stderr.strip()}")
+    for name in ("src", "include"):
+        shutil.copytree(ROOT / "native" / name, source / "vendor" / "llama.cpp" / name, dirs_exist_ok=True)
+
+    # the version tells the builds apart, so that pip replaces an older one
+    init = source / "llama_cpp" / "__init__.py"
+    init.write_text(re.sub(r'(__version__ = "[\d.]+)"', rf'\1+lukv.{key}"', init.read_text()))
+    return source
+
+
+def build(source: Path, folder: Path, options: list[str]) -> Path:
+    log = folder / "build.log"
+    settings = ["cmake.args=" + ";".join(options), "cmake.build-type=Release", *(f"build.targets={t}" for t in TARGETS)]
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder / "wheel"), str(source)]
+    command += [item for setting in settings for item in ("-C", setting)]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    print("building llama.cpp with LU-KV: about 10 minutes on 2 cores", file=sys.stderr)
+    shown = -1
+    with log.open("w") as out, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as process:
+        for line in process.stdout:
+            out.write(line)
+            step = re.match(r"\s*\[(\d+)/(\d+)\]", line)
+            if step and int(step[1]) * 10 // int(step[2]) > shown:
+                shown = int(step[1]) * 10 // int(step[2])
+                print(f"  {step[1]} of {step[2]}", file=sys.stderr, flush=True)
+    wheels = list((folder / "wheel").glob("*.whl"))
+    if process.returncode or len(wheels) != 1:
+        kept = Path(tempfile.gettempdir()) / "lukv-gguf-build.log"
+        shutil.copy(log, kept)
+        errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
+        fail(f"the build failed, see {kept}" + (f": {errors[0].strip()}" if errors else ""))
+    return wheels[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the patched llama-cpp-python wheel, or take it from the cache.")
+    parser.add_argument("--option", action="append", default=[], metavar="-DNAME=VALUE", help="a further CMake option")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="only prepare the patched source in DIR")
+    arguments = parser.parse_args()
+
+    cache = cache_dir()
+    options = CMAKE_OPTIONS + arguments.option
+    key = build_key(options)
+
+    if arguments.source:
+        arguments.source.mkdir(parents=True, exist_ok=True)
+        print(prepare(fetch_sdist(cache / "downloads"), arguments.source, key))
+        return
+
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / "wheels" / key
+    with FileLock(cache / "build.lock"):
+        if not target.exists():
+            sdist = fetch_sdist(cache / "downloads")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as temporary:
+                folder = Path(temporary)
+                wheel = build(prepare(sdist, folder, key), folder, options)
+                (wheel.parent / "sha256").write_text(sha256(wheel))
+                wheel.parent.rename(target)
+    wheel = next(target.glob("*.whl"))
+    if sha256(wheel) != (target / "sha256").read_text():
+        fail(f"the cached wheel is damaged: remove {target} and run again")
+    print(wheel)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The reference model against llama.cpp, and its decoding against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_gguf import CHAT_TEMPLATE, TinyModel, write_tiny
+
+from lukv_gguf import allocation
+from lukv_gguf.errors import LukvError
+from lukv_gguf.reference import ReferenceModel, Tokenizer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"arch": "llama"},
+    "llama-one-head-each": {"arch": "llama", "n_head_kv": 4},
+    "llama-wide-heads": {"arch": "llama", "d_head": 64, "n_embd": 48},
+    "llama3-rope": {"arch": "llama", "rope_freqs": True, "d_head": 32},
+    "llama-linear-rope": {"arch": "llama", "rope_scale": 4.0},
+    "llama-biases-tied": {"arch": "llama", "biases": True, "tied_embeddings": True},
+    "qwen2": {"arch": "qwen2", "rope_base": 1e6},
+    "qwen3": {"arch": "qwen3", "n_embd": 80, "d_head": 32},
+    "qwen3-tied": {"arch": "qwen3", "tied_embeddings": True, "n_head": 6, "n_head_kv": 2},
+}
+
+
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 300, n).tolist()
+
+
+def nmse(expected: np.ndarray, got: np.ndarray) -> float:
+    return float(np.square(expected - got, dtype=np.float64).sum() / np.square(expected, dtype=np.float64).sum())
+
+
+def llama_cpp_logits(path: Path, tokens: list[int]) -> np.ndarray:
+    import llama_cpp
+
+    n = len(tokens)
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=n,
+        n_batch=n,
+        logits_all=True,
+        flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    model.eval(tokens)
+    logits = model.scores[:n].copy()
+    model.close()
+    return logits
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyModel:
+    return write_tiny(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_llama_cpp(variant: str, tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "tiny.gguf", **VARIANTS[variant])
+    tokens = random_tokens(256)
+    expected = llama_cpp_logits(tiny.path, tokens)
+    assert nmse(expected, ReferenceModel.load(tiny.path).logits(tokens).numpy()) <= 1e-6
+
+
+@pytest.mark.real_model
+def test_real_logits_agree_with_llama_cpp(smollm2: Path) -> None:
+    with Tokenizer(smollm2) as tokenizer:
+        tokens = tokenizer.begin_tokens(Path(allocation.__file__).read_text())[:512]
+    expected = llama_cpp_logits(smollm2, tokens)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = ReferenceModel.load(smollm2, dtype=dtype).logits(tokens).numpy()
+        # llama.cpp multiplies quantised activations, the reference does not.
+        assert nmse(expected, logits) <= 2e-3
+        assert (expected.argmax(axis=1) == logits.argmax(axis=1)).mean() >= 0.95
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_a_batch_decodes_as_each_query_alone(arch: str, tmp_path: Path) -> None:
+    model = ReferenceModel.load(write_tiny(tmp_path / "tiny.gguf", arch).path)
+    prefix = random_tokens(60)
+    suffixes = [random_tokens(9, seed=1), random_tokens(1, seed=2), random_tokens(4, seed=3)]
+    answers = model.decode_batch(model.prefill(prefix), suffixes, 6)
+    for suffix, answer in zip(suffixes, answers):
+        sequence = [*prefix, *suffix]
+        for token in answer:
+            assert model.logits(sequence)[-1].argmax().item() == token
+            sequence.append(token)
+        assert len(answer) == 6
+
+
+def test_an_end_token_ends_its_query_only(tiny: TinyModel) -> None:
+    model = ReferenceModel.load(tiny.path)
+    prefix = model.prefill(random_tokens(60))
+    suffixes = [random_tokens(5, seed=1), random_tokens(3, seed=2)]
+    full = model.decode_batch(prefix, suffixes, 8)
+    end = full[0][2]
+    steps: list[list[int]] = []
+
+    def observe(layer: int, rows: torch.Tensor, attention: torch.Tensor, residual_norm: torch.Tensor) -> None:
+        assert attention.shape == (len(rows), 2, 2, 60) and residual_norm.shape == (len(rows),)
+        if layer == 0:
+            steps.append(rows.tolist())
+
+    cut = model.decode_batch(prefix, suffixes, 8, observe, end_tokens={end})
+    expected = [answer[: answer.index(end)] if end in answer else answer for answer in full]
+    assert cut == expected
+    # A query takes part in the step that chooses its end token, and in none after it.
+    assert sum(0 in rows for rows in steps) == len(expected[0]) + 1
+
+
+def test_cache_holds_every_token(tiny: TinyModel) -> None:
+    cache = ReferenceModel.load(tiny.path).prefill(random_tokens(33))
+    assert cache.n_token == 33
+    assert len(cache.keys) == len(cache.values) == tiny.n_layer
+    assert cache.keys[0].shape == cache.values[0].shape == (2, 33, 16)
+
+
+def test_bad_tokens_are_told(tiny: TinyModel) -> None:
+    model = ReferenceModel.load(tiny.path)
+    for tokens in ([], [300], [-1]):
+        with pytest.raises(LukvError, match="token"):
+            model.prefill(tokens)
+    prefix = model.prefill([5])
+    for suffixes in ([], [[4], []], [[999]]):
+        with pytest.raises(LukvError, match="token"):
+            model.decode_batch(prefix, suffixes, 2)
+
+
+def test_unreadable_files_are_told(tmp_path: Path, tiny: TinyModel) -> None:
+    with pytest.raises(LukvError, match="no such file"):
+        ReferenceModel.load(tmp_path / "missing.gguf")
+    with pytest.raises(LukvError, match="cannot be read"):
+        ReferenceModel.load(tmp_path)
+    other = tmp_path / "other.gguf"
+    for content in (b"", b"PK\x03\x04 something else"):
+        other.write_bytes(content)
+        with pytest.raises(LukvError, match="not a GGUF file"):
+            ReferenceModel.load(other)
+    whole = tiny.path.read_bytes()
+    for size in (4, 20, 100, 3000, len(whole) // 2, len(whole) - 64):
+        other.write_bytes(whole[:size])
+        with pytest.raises(LukvError, match="damaged or cut-off"):
+            ReferenceModel.load(other)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn' is not supported"),
+        ({"general.architecture": "mamba"}, "'mamba' is not supported; supported architectures: llama, qwen2, qwen3"),
+        ({"llama.attention.head_count_kv": [2, 1, 2]}, "head_count_kv differs from layer to layer"),
+        ({"llama.attention.head_count_kv": 3}, "4 heads cannot share 3 KV heads"),
+    ],
+)
+def test_unsupported_models_are_told(extra: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", extra=extra).path
+    with pytest.raises(LukvError, match=message):
+        ReferenceModel.load(path)
+
+
+def test_missing_tensor_is_told(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", extra={"llama.block_count": 4}).path
+    with pytest.raises(LukvError, match="tensor blk.3.attn_norm.weight is missing"):
+        ReferenceModel.load(path)
+
+
+def test_tokenizer_is_the_files_own(tiny: TinyModel) -> None:
+    with Tokenizer(tiny.path) as tokenizer:
+        tokens = tokenizer.encode("hé w1")
+        assert tokens == [107, 198, 172, 259, 260]
+        assert tokenizer.decode(tokens) == "hé w1"
+        assert tokenizer.begin_tokens("hé w1") == [1, *tokens]
+        assert tokenizer.begin_tokens("<s>hé w1") == [1, *tokens]
+        assert tokenizer.end_tokens == {2}
+        assert tokenizer.frame_user_message() == ("", "")
+
+
+def test_user_message_stands_in_the_chat_template(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", chat_template=CHAT_TEMPLATE).path
+    with Tokenizer(path) as tokenizer:
+        assert tokenizer.frame_user_message() == ("<s>user\n", "</s>\n<s>assistant\n")
+
+
+def test_a_broken_chat_template_is_told(tmp_path: Path) -> None:
+    for template in ("{{ raise_exception('no') }}", "{% if %}", "a constant"):
+        path = write_tiny(tmp_path / "tiny.gguf", chat_template=template).path
+        with Tokenizer(path) as tokenizer, pytest.raises(LukvError, match="chat template"):
+            tokenizer.frame_user_message()
+
+
+def test_tokenizer_of_a_bad_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(b"GGUF nonsense")
+    with pytest.raises(LukvError, match="cannot read the vocabulary"):
+        Tokenizer(path)
