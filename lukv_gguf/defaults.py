@@ -10,7 +10,7 @@ OBJECTIVE = "relative"
 """Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
 FLOOR = 0.0
 """Kept fraction that no head falls below."""
-BLEND = 0.3
+BLEND = 0.15
 """Share of uniform budgets mixed into the solved ones."""
 SINK = 4
 """Tokens at the start of a sequence that are never evicted."""

@@ -110,8 +110,7 @@ def prepare(sdist: Path, folder: Path, key: str) -> Path:
         result = subprocess.run(["git", "apply", str(patch)], cwd=source, env=environment, capture_output=True, text=True)
         if result.returncode:
             fail(f"{patch.name} does not apply: {result.stderr.strip()}")
-    for name in ("src", "include"):
-        shutil.copytree(ROOT / "native" / name, source / "vendor" / "llama.cpp" / name, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "native", source / "vendor" / "llama.cpp", dirs_exist_ok=True)
 
     # the version tells the builds apart, so that pip replaces an older one
     init = source / "llama_cpp" / "__init__.py"

@@ -2,7 +2,7 @@
 
     python scripts/demo.py MODEL-lukv.gguf
 
-The document has more than 4,000 tokens; the model reads it once and answers one question after another.
+The document has more than 4,000 tokens. Each question is a run of llama-cli of its own, which reads the document first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import click
 from rich.console import Console
@@ -29,18 +30,18 @@ TIMINGS = re.compile(r"\[ Prompt: ([\d.]+) t/s \| Generation: ([\d.]+) t/s \]")
 
 
 @dataclass(frozen=True)
-class Side:
+class Answer:
     """What one run of llama-cli said and took."""
 
-    answers: list[str]
+    text: str
     kv_mib: float
     peak_mib: float
     prompt_tps: float
     decode_tps: float
 
 
-def run(model: Path, questions: list[str], *overrides: str) -> Side:
-    """Let llama-cli read the document and answer the questions.
+def ask(model: Path, question: str, *overrides: str) -> Answer:
+    """Let llama-cli read the document and answer one question.
 
     Raises
     ------
@@ -48,35 +49,29 @@ def run(model: Path, questions: list[str], *overrides: str) -> Side:
         It failed; the message is its own.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        prompt, log = Path(temporary, "prompt.txt"), Path(temporary, "log.txt")
-        prompt.write_text((DATA / "document.txt").read_text().strip() + f"\n\n{questions[0]}")
+        prompt, log, said = Path(temporary, "prompt.txt"), Path(temporary, "log.txt"), Path(temporary, "said.txt")
+        prompt.write_text((DATA / "document.txt").read_text().strip() + f"\n\n{question}")
         command = [runtime.program("llama-cli"), "-m", model, "-f", prompt, "-c", "8192", "-n", "40", "--temp", "0"]
-        command += ["-t", str(os.cpu_count() or 1), "--simple-io", "--no-display-prompt"]
+        command += ["-t", str(os.cpu_count() or 1), "--single-turn", "--simple-io", "--no-display-prompt"]
         command += ["--log-verbosity", "4", "--log-file", log]
         for override in overrides:
             command += ["--override-kv", override]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process:
-            process.stdin.write("".join(f"{question}\n" for question in [*questions[1:], "/exit"]))
-            process.stdin.close()
-            said = process.stdout.read()
+        with said.open("w") as out:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        text = said.read_text(errors="replace")
         logged = log.read_text(errors="replace") if log.exists() else ""
-    timings = [tuple(map(float, match)) for match in TIMINGS.findall(said)]
-    if process.returncode or len(timings) != len(questions):
-        errors = [line for line in (logged + said).splitlines() if "error" in line.lower() or "failed" in line.lower()]
-        raise LukvError(f"llama-cli failed: {errors[0].strip() if errors else said.strip()[-300:]}")
-
-    parts = [part for part in TIMINGS.split(said)[::3]][: len(questions)]
-    parts[0] = parts[0].rpartition(questions[0])[2]
-    return Side(
-        answers=[" ".join(part.replace("\n> ", " ").split()) for part in parts],
+    timings = TIMINGS.search(text)
+    if process.returncode or timings is None:
+        errors = [line for line in (logged + text).splitlines() if "error" in line.lower() or "failed" in line.lower()]
+        raise LukvError(f"llama-cli failed: {errors[0].strip() if errors else text.strip()[-300:]}")
+    return Answer(
+        text=" ".join(text[: timings.start()].rpartition(question)[2].split()),
         kv_mib=max(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", logged))),
         peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
-        prompt_tps=timings[0][0],
-        decode_tps=sum(decode for _, decode in timings) / len(timings),
+        prompt_tps=float(timings[1]),
+        decode_tps=float(timings[2]),
     )
 
 
@@ -85,20 +80,17 @@ def run(model: Path, questions: list[str], *overrides: str) -> Side:
 def main(model: Path) -> None:
     """Ask MODEL about a document, with LU-KV off and on."""
     items = json.loads((DATA / "document_questions.json").read_text())[:N_QUESTIONS]
-    questions = [item["question"] for item in items]
     console = Console(highlight=False)
-    try:
-        console.print("reading a document of 4,400 tokens, with the full cache …", style="dim")
-        full = run(model, questions, "lukv.enabled=bool:false")
-        console.print("the same with LU-KV …", style="dim")
-        lukv = run(model, questions)
-    except LukvError as error:
-        raise SystemExit(f"demo: error: {error}") from None
-
-    for i, item in enumerate(items):
+    full, lukv = [], []
+    for item in items:
         console.print(f"\n[bold]{item['question']}[/]  [dim](the document: {item['answer']})[/]")
-        console.print(f"  full cache  {full.answers[i]}", markup=False)
-        console.print(f"  LU-KV       {lukv.answers[i]}", markup=False)
+        try:
+            full.append(ask(model, item["question"], "lukv.enabled=bool:false"))
+            console.print(f"  full cache  {full[-1].text}", markup=False)
+            lukv.append(ask(model, item["question"]))
+            console.print(f"  LU-KV       {lukv[-1].text}", markup=False)
+        except LukvError as error:
+            raise SystemExit(f"demo: error: {error}") from None
 
     table = Table("", "full cache", "LU-KV", title="llama-cli, context 8192")
     for column in table.columns[1:]:
@@ -106,7 +98,8 @@ def main(model: Path) -> None:
     rows = [("KV cache, MiB", "kv_mib", 1), ("peak memory, MiB", "peak_mib", 0),
             ("reading, tokens/s", "prompt_tps", 1), ("generating, tokens/s", "decode_tps", 1)]
     for label, field, digits in rows:
-        table.add_row(label, f"{getattr(full, field):.{digits}f}", f"{getattr(lukv, field):.{digits}f}")
+        means = [fmean(getattr(answer, field) for answer in side) for side in (full, lukv)]
+        table.add_row(label, *(f"{mean:.{digits}f}" for mean in means))
     console.print()
     console.print(table)
 

@@ -6,6 +6,8 @@
 #include "llama-lukv.h"
 #include "llama-model.h"
 
+#include "ggml-ragged.h"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -274,6 +276,8 @@ void llama_kv_cache_lukv::clear(bool data) {
     pos_min = -1;
     pos_max = -1;
 
+    has_holes = false;
+
     for (auto & layer : kv.layers) {
         for (auto & head : layer.heads) {
             head.pos.clear();
@@ -299,31 +303,21 @@ void llama_kv_cache_lukv::clear(bool data) {
 }
 
 void llama_kv_cache_lukv::remove_range(llama_pos p0, llama_pos p1) {
-    const auto in_range = [p0, p1](llama_pos pos) { return pos >= p0 && pos < p1; };
-
-    for (auto & pos : pos_recent) {
-        if (in_range(pos)) {
-            pos = -1;
+    const auto remove = [&](std::vector<llama_pos> & cells) {
+        for (auto & pos : cells) {
+            if (pos >= p0 && pos < p1) {
+                pos = -1;
+                has_holes = true;
+            }
         }
-    }
-    while (!pos_recent.empty() && pos_recent.back() < 0) {
-        pos_recent.pop_back();
-    }
+    };
 
+    remove(pos_recent);
     for (auto & layer : kv.layers) {
         for (auto & head : layer.heads) {
-            for (auto & pos : head.pos) {
-                if (in_range(pos)) {
-                    pos = -1;
-                }
-            }
-            while (!head.pos.empty() && head.pos.back() < 0) {
-                head.pos.pop_back();
-            }
+            remove(head.pos);
         }
     }
-
-    version++;
 }
 
 bool llama_kv_cache_lukv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -560,12 +554,14 @@ static std::vector<llama_pos> plan_moves(
 }
 
 bool llama_kv_cache_lukv::compact() {
+    if (!has_holes) {
+        return true;
+    }
+
     const auto is_hole = [](llama_pos pos) { return pos < 0; };
 
     std::vector<llama_pos> pos_recent_new = pos_recent;
     pos_recent_new.erase(std::remove_if(pos_recent_new.begin(), pos_recent_new.end(), is_hole), pos_recent_new.end());
-
-    bool has_holes = pos_recent_new.size() < pos_recent.size();
 
     cell_moves moves(params.n_layer);
     std::vector<std::vector<llama_pos>> pos_new;
@@ -575,7 +571,6 @@ bool llama_kv_cache_lukv::compact() {
             std::vector<char> keep_kept;
             for (llama_pos pos : head.pos) {
                 keep_kept.push_back(!is_hole(pos));
-                has_holes = has_holes || is_hole(pos);
             }
 
             pos_new.push_back(plan_moves(head.pos, {}, keep_kept, {}, [&](uint32_t src, uint32_t dst) {
@@ -597,16 +592,14 @@ bool llama_kv_cache_lukv::compact() {
         }
     }
 
-    if (!has_holes) {
-        return true;
-    }
-
     if (!compute_moves(moves)) {
         return false;
     }
 
     pos_recent = std::move(pos_recent_new);
     set_pos_kept(std::move(pos_new));
+
+    has_holes = false;
 
     return true;
 }
@@ -944,6 +937,24 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, uint32_t n_tokens) c
     }
 }
 
+void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, uint32_t n_recent_pad) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
+    int32_t * data = (int32_t *) dst->data;
+
+    for (const auto & layer : kv.layers) {
+        for (const auto & head : layer.heads) {
+            *data++ = head.offs;
+            *data++ = head.pos.size() + n_recent_pad;
+        }
+    }
+}
+
+bool llama_kv_cache_lukv::use_ragged(uint32_t il, uint32_t n_tokens) const {
+    // note: the op has only a CPU implementation
+    return n_tokens <= N_UBATCH_DECODE && ggml_backend_buffer_is_host(kv.layers[il].k->buffer);
+}
+
 template <typename T>
 static void fill_kq_mask(T * data, int64_t n_cols, const std::vector<llama_pos> & pos_recent, uint32_t n_recent_pad,
         const llama_ubatch & ubatch, bool causal_attn, T visible, T hidden) {
@@ -1091,6 +1102,8 @@ bool llama_kv_cache_lukv::state_read_impl(llama_io_read_i & io) {
 
     prefill_done = done;
 
+    has_holes = true; // perhaps
+
     return true;
 }
 
@@ -1145,6 +1158,11 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
 
     kv->set_input_idxs   (self_idxs,    ubatch->n_tokens);
     kv->set_input_kq_mask(self_kq_mask, *ubatch, cparams.causal_attn);
+
+    // read only where the attention is computed for all heads together
+    if (self_segs->buffer) {
+        kv->set_input_segs(self_segs, n_recent_pad);
+    }
 }
 
 bool llm_graph_input_attn_kv_lukv::can_reuse(const llm_graph_params & params) {
@@ -1171,6 +1189,10 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, kv->get_params().n_head_kv*ubatch.n_tokens, kv->get_params().n_layer);
     ggml_set_input(inp->self_idxs);
     ggml_set_name (inp->self_idxs, "attn_inp_idxs_lukv");
+
+    inp->self_segs = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, kv->get_params().n_head_kv, kv->get_params().n_layer);
+    ggml_set_input(inp->self_segs);
+    ggml_set_name (inp->self_segs, "attn_inp_segs_lukv");
 
     // flash attention requires an f16 mask
     inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
@@ -1199,6 +1221,21 @@ ggml_tensor * build_attn_lukv(
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
     const int64_t  n_gqa     = q_cur->ne[1]/n_head_kv;
+
+    if (gctx.cparams.flash_attn && !sinks && kv->use_ragged(il, gctx.n_tokens)) {
+        ggml_tensor * mask = inp->self_kq_mask;
+        ggml_tensor * segs = inp->self_segs;
+
+        ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il),
+                ggml_view_2d(ctx0, segs, segs->ne[0], segs->ne[1], segs->nb[1], il*segs->nb[2]),
+                ggml_view_2d(ctx0, mask, inp->n_recent_pad, mask->ne[1], mask->nb[1], (mask->ne[0] - inp->n_recent_pad)*mask->nb[0]),
+                kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+
+        cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
+        ggml_build_forward_expand(gctx.gf, cur);
+
+        return cur;
+    }
 
     std::vector<ggml_tensor *> outs;
 

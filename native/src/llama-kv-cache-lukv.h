@@ -122,12 +122,22 @@ public:
     ggml_tensor * get_k(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const;
     ggml_tensor * get_v(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const;
 
+    // the cells of all heads: [n_embd_head, n_rows]
+    ggml_tensor * get_k(uint32_t il) const { return kv.layers[il].k; }
+    ggml_tensor * get_v(uint32_t il) const { return kv.layers[il].v; }
+
+    // true if the attention of a layer can be computed by one op for all heads
+    bool use_ragged(uint32_t il, uint32_t n_tokens) const;
+
     // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens]
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, uint32_t il) const;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, uint32_t il) const;
 
     // rows of the last n_tokens recent tokens: I64 [n_head_kv*n_tokens, n_layer]
     void set_input_idxs(ggml_tensor * dst, uint32_t n_tokens) const;
+
+    // first row and number of cells of each head: I32 [2, n_head_kv, n_layer]
+    void set_input_segs(ggml_tensor * dst, uint32_t n_recent_pad) const;
 
     // F16/F32 [n_kept_max + n_recent_pad, n_tokens]
     void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const;
@@ -179,6 +189,8 @@ private:
 
     llama_pos pos_min = -1;
     llama_pos pos_max = -1;
+
+    bool has_holes = false; // some of the positions above, or of the kept cells, are -1
 
     // policy prefill: the prompt has been evicted, from now on everything is kept
     bool prefill_done = false;
@@ -274,6 +286,7 @@ public:
     bool can_reuse(const llm_graph_params & params) override;
 
     ggml_tensor * self_idxs = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
+    ggml_tensor * self_segs = nullptr; // I32 [2, n_head_kv, n_layer]
 
     uint32_t n_recent_pad = 0;
     uint64_t version      = 0;
@@ -288,7 +301,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     const llama_cparams & cparams,
     const llama_kv_cache_lukv_context * mctx);
 
-// stores k_cur and v_cur, then attends head by head
+// stores k_cur and v_cur, then attends: with one op for all heads where there is one, else head by head
 // returns [n_embd_head_v*n_head, n_tokens]
 ggml_tensor * build_attn_lukv(
     const llm_graph_context & gctx,

@@ -1,0 +1,16 @@
+#pragma once
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+void   ggml_compute_forward_flash_attn_ragged(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+size_t ggml_flash_attn_ragged_work_size(const struct ggml_tensor * dst, int n_tasks);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,44 @@
+#include "ggml-ragged.h"
+
+#include "ggml-impl.h"
+
+struct ggml_tensor * ggml_flash_attn_ragged(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * segs,
+        struct ggml_tensor  * mask,
+        float                 scale,
+        float                 logit_softcap) {
+    GGML_ASSERT(q->type    == GGML_TYPE_F32);
+    GGML_ASSERT(segs->type == GGML_TYPE_I32);
+    GGML_ASSERT(mask->type == GGML_TYPE_F16);
+
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(k->ne[1] == v->ne[1]);
+    GGML_ASSERT(segs->ne[0] == 2);
+    GGML_ASSERT(q->ne[1] % segs->ne[1] == 0);
+    GGML_ASSERT(q->ne[2] == mask->ne[1]);
+    GGML_ASSERT(q->ne[3] == 1);
+
+    GGML_ASSERT(ggml_is_contiguous_rows(q));
+    GGML_ASSERT(ggml_is_contiguous(k));
+    GGML_ASSERT(ggml_is_contiguous(v));
+    GGML_ASSERT(ggml_is_contiguous(segs));
+    GGML_ASSERT(ggml_is_contiguous_rows(mask));
+
+    struct ggml_tensor * result = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2]);
+
+    float params[] = { scale, logit_softcap };
+    ggml_set_op_params(result, params, sizeof(params));
+
+    result->op     = GGML_OP_FLASH_ATTN_RAGGED;
+    result->src[0] = q;
+    result->src[1] = k;
+    result->src[2] = v;
+    result->src[3] = segs;
+    result->src[4] = mask;
+
+    return result;
+}
