@@ -143,6 +143,12 @@ def bench(
     )
 
 
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _measure_in_process(run: Run) -> dict[str, Any]:
     command = [sys.executable, "-m", "lukv_gguf.bench", json.dumps(asdict(run))]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -190,8 +196,7 @@ def measure(run: Run) -> dict[str, Any]:
         "kv_bytes": runtime.memory_size(llama),
         "prefill_tps": run.depth / (read - start),
         "decode_tps": run.n_gen / (end - read),
-        # kilobytes, on macOS bytes
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss": peak_rss(),
     }
 
 

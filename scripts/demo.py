@@ -67,7 +67,7 @@ def ask(model: Path, question: str, *overrides: str) -> Answer:
         errors = [line for line in (logged + text).splitlines() if "error" in line.lower() or "failed" in line.lower()]
         raise LukvError(f"llama-cli failed: {errors[0].strip() if errors else text.strip()[-300:]}")
     return Answer(
-        text=" ".join(text[: timings.start()].rpartition(question)[2].split()),
+        text=" ".join(text[: timings.start()].rpartition("... (truncated)")[2].split()),  # after the echoed prompt
         kv_mib=max(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", logged))),
         peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         prompt_tps=float(timings[1]),

@@ -120,6 +120,24 @@ def test_capacity_equals_reference(tiny: TinyModel, embedded: Path, flash_attn: 
     assert nmse(np.concatenate(got), np.concatenate(want)) < (1e-4 if flash_attn else 1e-8)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 32), (4, 4, 80), (8, 2, 128), (7, 1, 96)])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_fused_attention_equals_reference(tmp_path: Path, shape: tuple[int, int, int], n_threads: int) -> None:
+    """Batches of up to 32 tokens take the op for all heads together, here for several shapes and uneven shares."""
+    n_head, n_head_kv, d_head = shape
+    model = write_tiny(tmp_path / "shape.gguf", n_layer=2, n_head=n_head, n_head_kv=n_head_kv, d_head=d_head, n_ctx=4096)
+    path = tmp_path / "shape-lukv.gguf"
+    embed(model.path, path, metadata(uneven_budget(2, n_head_kv, 0.3), 0.3))
+    llama = load(path, flash_attn=True, n_threads=n_threads, n_threads_batch=n_threads)
+    usage = runtime.usage(llama)
+    expected = reference(model, usage.owned, usage.recent)
+    for size in (32, 17, 1, 1, 30, 5, 32, 32, 1, 32, 32, 2, 1):
+        batch = random_tokens(size, seed=size)
+        assert nmse(feed(llama, batch), expected.decode(batch).numpy()) < 1e-8
+    assert_same_positions(llama, expected, usage.owned.shape)
+    assert runtime.usage(llama).evictions > 0
+
+
 def test_prefill_equals_reference(tiny: TinyModel, embedded: Path) -> None:
     """Nothing is evicted from the prompt until the first generated token; the memory shrinks then."""
     model = load(embedded, {"lukv.policy": "prefill"})

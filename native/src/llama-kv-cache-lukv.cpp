@@ -87,6 +87,16 @@ std::vector<uint32_t> llama_kv_cache_lukv::n_owned_init() const {
     return params.get_n_cells(kv_size);
 }
 
+std::vector<uint32_t> llama_kv_cache_lukv::n_owned_plus(uint32_t n) const {
+    std::vector<uint32_t> res;
+    for (const auto & layer : kv.layers) {
+        for (const auto & head : layer.heads) {
+            res.push_back(head.n_owned + n);
+        }
+    }
+    return res;
+}
+
 llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uint32_t> & n_owned) const {
     const auto & hparams = model.hparams;
 
@@ -287,10 +297,8 @@ void llama_kv_cache_lukv::clear(bool data) {
     if (prefill_done) {
         prefill_done = false;
 
-        // a new prompt is cached in full again
-        if (!resize(n_owned_init())) {
-            throw std::runtime_error("failed to allocate buffer for kv cache");
-        }
+        // a new prompt is cached in full again. should there be no memory for it now, the cache grows with the prompt
+        resize(n_owned_init());
     }
 
     if (data) {
@@ -448,16 +456,14 @@ bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
         if (pos_recent.size() + n_tokens > n_recent_max) {
             const uint32_t n_recent = pos_recent.size();
 
-            std::vector<uint32_t> n_owned;
             bool grow = false;
             for (const auto & layer : kv.layers) {
                 for (const auto & head : layer.heads) {
                     grow = grow || head.pos.size() + n_recent > head.n_owned;
-                    n_owned.push_back(head.n_owned + std::max(N_GROW, n_recent));
                 }
             }
 
-            if ((grow && !resize(n_owned)) || !evict(std::vector<uint32_t>(params.budget.size(), kv_size))) {
+            if ((grow && !resize(n_owned_plus(std::max(N_GROW, n_recent)))) || !evict(n_owned_plus(0))) {
                 return false;
             }
         }
@@ -493,7 +499,7 @@ bool llama_kv_cache_lukv::commit(llama_context * lctx) {
     }
 
     if (params.policy == LLAMA_LUKV_POLICY_CAPACITY) {
-        return evict(params.get_n_cells(kv_size));
+        return evict(n_owned_plus(0));
     }
 
     if (prefill_done) {

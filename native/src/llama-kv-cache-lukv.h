@@ -206,7 +206,9 @@ private:
     // replace the cells by such with n_owned cells per head, which has to suffice for those in use
     bool resize(const std::vector<uint32_t> & n_owned);
 
+    // cells per head: at the start, and those owned now plus n
     std::vector<uint32_t> n_owned_init() const;
+    std::vector<uint32_t> n_owned_plus(uint32_t n) const;
 
     // turn the recent cells into kept ones. afterwards head i keeps at most n_keep[i] cells
     bool evict(const std::vector<uint32_t> & n_keep);
