@@ -142,7 +142,7 @@ def embed(
     click.echo(f"written  {output or default_output(model)}")
     click.echo(f"keeps    {meta.ratio:.1%} of the KV cache, policy {meta.policy}, metric {meta.metric}")
     click.echo(f"heads    {_spread(meta.budget)}")
-    click.echo(f"took     {time.monotonic() - started:.1f} s{_peak_memory()}")
+    click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
 
 
 @cli.command()
@@ -273,7 +273,7 @@ def _peak_memory() -> str:
         from lukv_gguf.bench import peak_rss
     except ImportError:  # Windows cannot say
         return ""
-    return f", {peak_rss() / 2**30:.2f} GiB of memory at its peak"
+    return f", {peak_rss() / 2**30:.2f} GiB of memory at the peak"
 
 
 def _print_bench(result: BenchResult) -> None:
