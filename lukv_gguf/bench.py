@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lukv_gguf import metadata
 from lukv_gguf.calibration import load_default
 from lukv_gguf.errors import LukvError
@@ -33,7 +35,9 @@ class Run:
     n_gen: int
     n_ubatch: int
     n_threads: int
+    n_gpu_layers: int
     flash_attn: bool
+    kv_type: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class BenchResult:
     n_ctx, depth : context that is allocated, and tokens in it before generation starts.
     kv_bytes_* : bytes allocated for K and V.
     prefill_tps_*, decode_tps_* : tokens per second, reading `depth` tokens and then generating.
-    decode_tps_stock_same_cells : stock at the depth ``ratio * depth``: as many cells as LU-KV keeps.
+    prefill_end_tps_* : the same for the last tokens that are read, up to four ubatches: the rate at that depth.
+    token_ms_* : milliseconds that the slowest of 100 generated tokens takes (99th percentile): what a commit costs.
+    *_stock_same_cells : stock at the depth ``ratio * depth``: as many cells as LU-KV keeps.
     peak_rss_* : largest resident memory of the process, bytes.
     """
 
@@ -58,8 +64,13 @@ class BenchResult:
     decode_tps_stock: float
     decode_tps_lukv: float
     decode_tps_stock_same_cells: float
+    token_ms_stock: float
+    token_ms_lukv: float
     prefill_tps_stock: float
     prefill_tps_lukv: float
+    prefill_end_tps_stock: float
+    prefill_end_tps_lukv: float
+    prefill_end_tps_stock_same_cells: float
     peak_rss_stock: int
     peak_rss_lukv: int
 
@@ -76,7 +87,9 @@ def bench(
     n_gen: int = 128,
     n_ubatch: int = 512,
     n_threads: int = 2,
+    n_gpu_layers: int = 0,
     flash_attn: bool = True,
+    kv_type: str = "f16",
     repeat: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
@@ -92,6 +105,10 @@ def bench(
         Kept fraction; the embedded one by default.
     n_gen
         Tokens to generate.
+    n_gpu_layers
+        Layers on the GPU, -1 for all.
+    kv_type
+        Type of K and V of both sides, one of `defaults.KV_TYPES`.
     repeat
         Times that every side runs.
 
@@ -109,7 +126,9 @@ def bench(
         ratio = embedded.ratio
 
     def run(side_ratio: float | None, side_depth: int) -> Run:
-        return Run(str(model), side_ratio, n_ctx, side_depth, n_gen, n_ubatch, n_threads, flash_attn)
+        return Run(
+            str(model), side_ratio, n_ctx, side_depth, n_gen, n_ubatch, n_threads, n_gpu_layers, flash_attn, kv_type
+        )
 
     sides = {
         "stock": run(None, depth),
@@ -137,8 +156,13 @@ def bench(
         decode_tps_stock=best("stock", "decode_tps"),
         decode_tps_lukv=best("LU-KV", "decode_tps"),
         decode_tps_stock_same_cells=best("stock, same cells", "decode_tps"),
+        token_ms_stock=min(result["token_ms"] for result in results["stock"]),
+        token_ms_lukv=min(result["token_ms"] for result in results["LU-KV"]),
         prefill_tps_stock=best("stock", "prefill_tps"),
         prefill_tps_lukv=best("LU-KV", "prefill_tps"),
+        prefill_end_tps_stock=best("stock", "prefill_end_tps"),
+        prefill_end_tps_lukv=best("LU-KV", "prefill_end_tps"),
+        prefill_end_tps_stock_same_cells=best("stock, same cells", "prefill_end_tps"),
         peak_rss_stock=best("stock", "peak_rss"),
         peak_rss_lukv=best("LU-KV", "peak_rss"),
     )
@@ -165,10 +189,12 @@ def _measure_in_process(run: Run) -> dict[str, Any]:
 
 def measure(run: Run) -> dict[str, Any]:
     """Measure one side in this process."""
+    from gguf import GGMLQuantizationType
     from llama_cpp import Llama
 
     from lukv_gguf import runtime
 
+    kv_type = GGMLQuantizationType[run.kv_type.upper()].value
     overrides: dict[str, Any] = {"lukv.enabled": False} if run.ratio is None else {"lukv.ratio": run.ratio}
     llama = Llama(
         model_path=run.model,
@@ -177,7 +203,10 @@ def measure(run: Run) -> dict[str, Any]:
         n_ubatch=run.n_ubatch,
         n_threads=run.n_threads,
         n_threads_batch=run.n_threads,
+        n_gpu_layers=run.n_gpu_layers,
         flash_attn=run.flash_attn,
+        type_k=kv_type,
+        type_v=kv_type,
         kv_overrides=overrides,
         verbose=False,
     )
@@ -190,16 +219,24 @@ def measure(run: Run) -> dict[str, Any]:
     llama.reset()
     llama._ctx.kv_cache_clear()
 
+    n_end = min(4 * run.n_ubatch, run.depth)
+
     start = time.perf_counter()
-    llama.eval(tokens[: run.depth])
+    if run.depth > n_end:
+        llama.eval(tokens[: run.depth - n_end])
+    near = time.perf_counter()
+    llama.eval(tokens[run.depth - n_end : run.depth])
     read = time.perf_counter()
+    times = [read]
     for token in tokens[run.depth :]:
         llama.eval([token])
-    end = time.perf_counter()
+        times.append(time.perf_counter())
     return {
         "kv_bytes": runtime.memory_size(llama),
         "prefill_tps": run.depth / (read - start),
-        "decode_tps": run.n_gen / (end - read),
+        "prefill_end_tps": n_end / (read - near),
+        "decode_tps": run.n_gen / (times[-1] - read),
+        "token_ms": 1000.0 * float(np.quantile(np.diff(times), 0.99)),
         "peak_rss": peak_rss(),
     }
 

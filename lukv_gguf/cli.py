@@ -185,6 +185,9 @@ def strip(model: Path, output: Path | None, force: bool) -> None:
               help="Tokens per computation while reading.")
 @click.option("--threads", "n_threads", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1,
               show_default="all cores", help="Threads.")
+@click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(min=-1), default=0, show_default=True,
+              help="Layers on the GPU, -1 for all.")
+@click.option("--kv-type", type=click.Choice(defaults.KV_TYPES), default="f16", show_default=True, help="Type of K and V.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True,
               help="Times that each side runs; the best counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -291,7 +294,10 @@ def _print_bench(result: BenchResult) -> None:
     add("KV cache, MiB", result.kv_bytes_stock, result.kv_bytes_lukv, 2**20, 1)
     add("peak memory, MiB", result.peak_rss_stock, result.peak_rss_lukv, 2**20, 0)
     add("reading, tokens/s", result.prefill_tps_stock, result.prefill_tps_lukv, 1, 1)
+    add("  its end", result.prefill_end_tps_stock, result.prefill_end_tps_lukv, 1, 1)
+    add("  its end, full cache with as many cells", result.prefill_end_tps_stock_same_cells, result.prefill_end_tps_lukv, 1, 1)
     add("generating, tokens/s", result.decode_tps_stock, result.decode_tps_lukv, 1, 1)
+    add("  slowest of 100 tokens, ms", result.token_ms_stock, result.token_ms_lukv, 1, 1)
     add("  full cache with as many cells", result.decode_tps_stock_same_cells, result.decode_tps_lukv, 1, 1)
     Console(highlight=False).print(table)
 

@@ -18,3 +18,6 @@ RECENT = 16
 """Tokens at the end of a sequence that are never evicted."""
 POLICY = "capacity"
 """When to evict: a head that is full (capacity), or once after the prompt (prefill)."""
+
+KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Types of K and V that the runtime can hold."""

@@ -67,11 +67,27 @@ def processor() -> str:
         return platform.processor()
 
 
+def gpu_options(cuda: bool, metal: bool) -> list[str]:
+    """CMake options of a GPU backend, if its tools are there."""
+    if cuda:
+        if shutil.which("nvcc") is None:
+            fail("--cuda needs nvcc: install the CUDA toolkit and put its bin folder on the PATH")
+        return ["-DGGML_CUDA=ON"]
+    if metal:
+        if platform.system() != "Darwin":
+            fail("--metal needs macOS: leave it out, or use --cuda on a machine with an NVIDIA GPU")
+        if shutil.which("xcrun") is None:
+            fail("--metal needs Xcode's command line tools: xcode-select --install")
+        return ["-DGGML_METAL=ON"]
+    return ["-DGGML_METAL=OFF"] if platform.system() == "Darwin" else []
+
+
 def build_key(options: list[str]) -> str:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         fail("no C++ compiler found: install one (Debian: apt-get install g++)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    compilers = [compiler] + (["nvcc"] if "-DGGML_CUDA=ON" in options else [])
+    version = "".join(subprocess.run([c, "--version"], capture_output=True, text=True, check=True).stdout for c in compilers)
 
     key = hashlib.sha256()
     for part in [SDIST_SHA256, sha256(Path(__file__)), *options, version, platform.machine(), processor()]:
@@ -148,12 +164,15 @@ def build(source: Path, folder: Path, options: list[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the patched llama-cpp-python wheel, or take it from the cache.")
+    gpu = parser.add_mutually_exclusive_group()
+    gpu.add_argument("--cuda", action="store_true", help="with the CUDA backend: needs the CUDA toolkit (nvcc)")
+    gpu.add_argument("--metal", action="store_true", help="with the Metal backend: needs macOS and Xcode's command line tools")
     parser.add_argument("--option", action="append", default=[], metavar="-DNAME=VALUE", help="a further CMake option")
     parser.add_argument("--source", type=Path, metavar="DIR", help="only prepare the patched source in DIR")
     arguments = parser.parse_args()
 
     cache = cache_dir()
-    options = CMAKE_OPTIONS + arguments.option
+    options = CMAKE_OPTIONS + gpu_options(arguments.cuda, arguments.metal) + arguments.option
     key = build_key(options)
 
     if arguments.source:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The environment of the project, made or brought up to date: .venv/ with the pinned dependencies, the patched
 # llama.cpp (Python package and programs), lukv-gguf itself. Nothing is built that was built before.
+#
+#     scripts/setup.sh [--cuda | --metal]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,7 +30,7 @@ fi
 say "installing the pinned dependencies"
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 
-wheel=$(.venv/bin/python scripts/build_llama_cpp.py)
+wheel=$(.venv/bin/python scripts/build_llama_cpp.py "$@")
 .venv/bin/python -m pip install --quiet --no-deps "$wheel"
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 

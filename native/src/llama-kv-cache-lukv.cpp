@@ -12,10 +12,9 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <stdexcept>
-#include <tuple>
+#include <utility>
 
 // the recent cells are read in multiples of this, so that the graph stays the same while tokens are generated
 static constexpr uint32_t N_RECENT_PAD = 64;
@@ -30,7 +29,10 @@ static constexpr uint32_t N_UBATCH_DECODE = 32;
 // policy prefill: cells to grow by once the prompt is evicted
 static constexpr uint32_t N_GROW = 512;
 
-// graph nodes for each head: views, permutations, attention and concatenation, or the score
+// long contexts: recent cells up to this part of the context, but no more than two ubatches
+static constexpr uint32_t N_RECENT_FRACTION = 128;
+
+// graph nodes for each head: views, permutations, attention and concatenation, or the score and the selection
 static constexpr uint32_t N_NODES_HEAD = 24;
 
 static constexpr uint32_t STATE_MAGIC = 0x6c756b76;
@@ -38,6 +40,32 @@ static constexpr uint32_t STATE_MAGIC = 0x6c756b76;
 //
 // llama_kv_cache_lukv
 //
+
+// a long context can afford to commit less often
+static uint32_t n_recent_max_of(uint32_t kv_size, uint32_t n_ubatch) {
+    return GGML_PAD(std::max({ n_ubatch, std::min(2*n_ubatch, kv_size/N_RECENT_FRACTION), N_RECENT_DECODE }), N_RECENT_PAD);
+}
+
+// sizes of the Hadamard rotations, as in llama_kv_cache
+static uint32_t n_rot_v(const llama_hparams & hparams, ggml_type type_v) {
+    const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
+
+    return ggml_is_quantized(type_v) && hparams.n_embd_head_v() % 64 == 0 && !(disable && atoi(disable)) ? 64 : 0;
+}
+
+static uint32_t n_rot_k(const llama_hparams & hparams, ggml_type type_k) {
+    const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
+
+    if (!ggml_is_quantized(type_k) || hparams.n_embd_head_k() % 64 != 0 || (disable && atoi(disable))) {
+        return 0;
+    }
+
+    uint32_t res = 64;
+    while (hparams.n_embd_head_k() % (2*res) == 0) {
+        res *= 2;
+    }
+    return res;
+}
 
 llama_kv_cache_lukv::llama_kv_cache_lukv(
         const llama_model       & model,
@@ -48,7 +76,12 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
          uint32_t kv_size,
          uint32_t n_ubatch) :
     model(model), params(params), type_k(type_k), type_v(type_v), offload(offload), kv_size(kv_size),
-    n_recent_max(GGML_PAD(std::max(n_ubatch, N_RECENT_DECODE), N_RECENT_PAD)) {
+    n_recent_max(n_recent_max_of(kv_size, n_ubatch)),
+    rot_k(n_rot_k(model.hparams, type_k)), rot_v(n_rot_v(model.hparams, type_v)) {
+    for (uint32_t il = 0; il < params.n_layer; ++il) {
+        ops.push_back(get_ops(il));
+    }
+
     kv = alloc(n_owned_init());
 
     uint64_t n_cells_min = std::numeric_limits<uint64_t>::max();
@@ -76,6 +109,48 @@ uint64_t llama_kv_cache_lukv::kv_storage::size() const {
     for (const auto & layer : layers) {
         res += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
     }
+    return res;
+}
+
+ggml_backend_dev_t llama_kv_cache_lukv::get_dev(uint32_t il) const {
+    return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(uint32_t il) const {
+    const auto & hparams = model.hparams;
+
+    ggml_backend_dev_t dev = get_dev(il);
+
+    // what the other side of RPC supports is not known
+    if (strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") == 0) {
+        return {};
+    }
+
+    ggml_context_ptr ctx { ggml_init({
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    }) };
+
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), hparams.n_head(il), 1);
+    ggml_tensor * k    = ggml_new_tensor_2d(ctx.get(), type_k, hparams.n_embd_head_k(il), N_RECENT_PAD);
+    ggml_tensor * v    = ggml_new_tensor_2d(ctx.get(), type_v, hparams.n_embd_head_v(il), N_RECENT_PAD);
+    ggml_tensor * segs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2, params.n_head_kv);
+    ggml_tensor * n_hidden = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+
+    ggml_tensor * scores = ggml_keydiff_ragged(ctx.get(), k, segs);
+
+    layer_ops res;
+    res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f));
+    res.score  = ggml_backend_dev_supports_op(dev, scores);
+    res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
+
+    // long ubatches: stock's attention on the CPU works on tiles of queries
+    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        res.n_tokens_attn = N_UBATCH_DECODE;
+    }
+
     return res;
 }
 
@@ -110,8 +185,7 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
     kv_storage res;
 
     for (uint32_t il = 0; il < params.n_layer; ++il) {
-        ggml_backend_buffer_type_t buft = offload ?
-            ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(get_dev(il));
 
         auto & ctx = ctx_map[buft];
         if (!ctx) {
@@ -226,6 +300,7 @@ bool llama_kv_cache_lukv::resize(const std::vector<uint32_t> & n_owned) {
 
     kv = std::move(kv_new);
     version++;
+    version_alloc++;
 
     return true;
 }
@@ -435,6 +510,19 @@ uint32_t llama_kv_cache_lukv::get_n_recent_pad(uint32_t n_recent) const {
     return std::min<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), n_recent_max);
 }
 
+// pairwise, so that each row is copied log2(n) times
+static ggml_tensor * concat(ggml_context * ctx, std::vector<ggml_tensor *> parts) {
+    while (parts.size() > 1) {
+        std::vector<ggml_tensor *> pairs;
+        for (size_t i = 0; i < parts.size(); i += 2) {
+            pairs.push_back(i + 1 < parts.size() ? ggml_concat(ctx, parts[i], parts[i + 1], 0) : parts[i]);
+        }
+        parts = std::move(pairs);
+    }
+
+    return parts[0];
+}
+
 //
 // eviction
 //
@@ -525,38 +613,23 @@ bool llama_kv_cache_lukv::commit(llama_context * lctx) {
     return prefill_done;
 }
 
-// fill the first rows of a head with the cells that stay. those that are there already do not move
-// keep_kept, keep_recent - which of the cells stay
-// move                   - called for each cell that has to move, with its old and its new place
-// returns the positions of the cells
-static std::vector<llama_pos> plan_moves(
-        const std::vector<llama_pos> & pos_kept,
-        const std::vector<llama_pos> & pos_recent,
-        const std::vector<char>      & keep_kept,
-        const std::vector<char>      & keep_recent,
-        const std::function<void(uint32_t src, uint32_t dst)> & move) {
-    std::vector<llama_pos> res(pos_kept);
-    res.insert(res.end(), pos_recent.begin(), pos_recent.end());
+// the cells that stay become the first rows of a head: those behind them fill the places of the ones that go
+// rows - that go, ascending
+// n    - rows in all
+// move - called for each cell that has to move, with its old and its new row
+template <typename F>
+static void plan_moves(const std::vector<int32_t> & rows, int32_t n, const F & move) {
+    const int32_t n_new = n - (int32_t) rows.size();
 
-    std::vector<char> keep(keep_kept);
-    keep.insert(keep.end(), keep_recent.begin(), keep_recent.end());
-
-    const uint32_t n_new = std::count(keep.begin(), keep.end(), true);
-
-    uint32_t dst = 0;
-    for (uint32_t src = n_new; src < res.size(); ++src) {
-        if (keep[src]) {
-            while (keep[dst]) {
-                dst++;
-            }
-            move(src, dst);
-            res[dst++] = res[src];
+    auto dst  = rows.begin();
+    auto gone = std::lower_bound(rows.begin(), rows.end(), n_new);
+    for (int32_t src = n_new; src < n; ++src) {
+        if (gone != rows.end() && *gone == src) {
+            ++gone;
+        } else {
+            move(src, *dst++);
         }
     }
-
-    res.resize(n_new);
-
-    return res;
 }
 
 bool llama_kv_cache_lukv::compact() {
@@ -574,18 +647,23 @@ bool llama_kv_cache_lukv::compact() {
 
     for (uint32_t il = 0; il < params.n_layer; ++il) {
         for (const auto & head : kv.layers[il].heads) {
-            std::vector<char> keep_kept;
-            for (llama_pos pos : head.pos) {
-                keep_kept.push_back(!is_hole(pos));
+            std::vector<int32_t> holes;
+            for (uint32_t i = 0; i < head.pos.size(); ++i) {
+                if (is_hole(head.pos[i])) {
+                    holes.push_back(i);
+                }
             }
 
-            pos_new.push_back(plan_moves(head.pos, {}, keep_kept, {}, [&](uint32_t src, uint32_t dst) {
+            auto & pos = pos_new.emplace_back(head.pos);
+            plan_moves(holes, pos.size(), [&](int32_t src, int32_t dst) {
                 moves[il].push_back({ (int32_t) (head.offs + src), (int32_t) (head.offs + dst) });
-            }));
+                pos[dst] = pos[src];
+            });
+            pos.resize(pos.size() - holes.size());
 
             // the recent cells follow the kept ones, in their order
             uint32_t src = head.offs + head.pos.size();
-            uint32_t dst = head.offs + pos_new.back().size();
+            uint32_t dst = head.offs + pos.size();
             for (llama_pos pos : pos_recent) {
                 if (!is_hole(pos)) {
                     if (src != dst) {
@@ -602,88 +680,63 @@ bool llama_kv_cache_lukv::compact() {
         return false;
     }
 
+    for (uint32_t il = 0; il < params.n_layer; ++il) {
+        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+            kv.layers[il].heads[ih].pos = std::move(pos_new[il*params.n_head_kv + ih]);
+        }
+    }
     pos_recent = std::move(pos_recent_new);
-    set_pos_kept(std::move(pos_new));
 
     has_holes = false;
+    version++;
 
     return true;
 }
 
-void llama_kv_cache_lukv::set_pos_kept(std::vector<std::vector<llama_pos>> pos) {
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            kv.layers[il].heads[ih].pos = std::move(pos[il*params.n_head_kv + ih]);
-        }
-    }
+std::vector<int32_t> llama_kv_cache_lukv::get_protected(const kv_head & head) const {
+    const int32_t n_kept  = head.pos.size();
+    const int32_t n_cells = n_kept + pos_recent.size();
 
-    version++;
+    const auto pos_at    = [&](int32_t i) { return i < n_kept ? head.pos[i] : pos_recent[i - n_kept]; };
+    const auto is_sink   = [&](int32_t i) { return pos_at(i) - pos_min < (llama_pos) params.sink;   };
+    const auto is_recent = [&](int32_t i) { return pos_max - pos_at(i) < (llama_pos) params.recent; };
+
+    std::vector<int32_t> res;
+
+    const auto add = [&](int32_t first, int32_t last, const auto & is) {
+        // there are not more of them than rows here: if all these are, no others can be
+        bool all = true;
+        for (int32_t i = first; i < last; ++i) {
+            all = all && is(i);
+        }
+        for (int32_t i = all ? first : 0; i < (all ? last : n_cells); ++i) {
+            if (is(i)) {
+                res.push_back(i);
+            }
+        }
+    };
+    add(0, std::min<int64_t>(params.sink, n_cells), is_sink);
+    add(std::max<int64_t>(n_cells - (int64_t) params.recent, 0), n_cells, is_recent);
+
+    return res;
 }
 
 bool llama_kv_cache_lukv::evict(const std::vector<uint32_t> & n_keep) {
-    std::vector<std::vector<float>> scores;
-    if (!compute_scores(n_keep, scores)) {
+    std::vector<std::vector<int32_t>> rows;
+    if (!compute_evicted(n_keep, rows)) {
         return false;
     }
 
     const uint32_t n_recent = pos_recent.size();
 
     cell_moves moves(params.n_layer);
-    std::vector<std::vector<llama_pos>> pos_new;
-
-    bool evicted = false;
-
     for (uint32_t il = 0; il < params.n_layer; ++il) {
         for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
             const auto & head = kv.layers[il].heads[ih];
 
-            const uint32_t n_kept  = head.pos.size();
-            const uint32_t n_cells = n_recent + n_kept;
-            const uint32_t n_lim   = n_keep[il*params.n_head_kv + ih];
-
-            std::vector<char> keep_recent(n_recent, true);
-            std::vector<char> keep_kept  (n_kept,   true);
-
-            if (n_cells > n_lim) {
-                evicted = true;
-
-                struct cell {
-                    bool      prot;
-                    float     score;
-                    llama_pos pos;
-                    char    * keep;
-                };
-
-                // in the order of the rows, which is that of the scores
-                std::vector<cell> cells;
-                cells.reserve(n_cells);
-
-                const auto & score = scores[il*params.n_head_kv + ih];
-
-                const auto add = [&](llama_pos pos, char * keep) {
-                    const bool prot = pos - pos_min < (llama_pos) params.sink || pos_max - pos < (llama_pos) params.recent;
-
-                    cells.push_back({ prot, score[cells.size()], pos, keep });
-                };
-                for (uint32_t i = 0; i < n_kept; ++i) {
-                    add(head.pos[i], &keep_kept[i]);
-                }
-                for (uint32_t i = 0; i < n_recent; ++i) {
-                    add(pos_recent[i], &keep_recent[i]);
-                }
-
-                std::nth_element(cells.begin(), cells.begin() + n_lim, cells.end(), [](const cell & a, const cell & b) {
-                    return std::make_tuple(a.prot, a.score, a.pos) > std::make_tuple(b.prot, b.score, b.pos);
-                });
-
-                for (uint32_t i = n_lim; i < n_cells; ++i) {
-                    *cells[i].keep = false;
-                }
-            }
-
-            pos_new.push_back(plan_moves(head.pos, pos_recent, keep_kept, keep_recent, [&](uint32_t src, uint32_t dst) {
-                moves[il].push_back({ (int32_t) (head.offs + src), (int32_t) (head.offs + dst) });
-            }));
+            plan_moves(rows[il*params.n_head_kv + ih], head.pos.size() + n_recent, [&](int32_t src, int32_t dst) {
+                moves[il].push_back({ (int32_t) head.offs + src, (int32_t) head.offs + dst });
+            });
         }
     }
 
@@ -691,10 +744,27 @@ bool llama_kv_cache_lukv::evict(const std::vector<uint32_t> & n_keep) {
         return false;
     }
 
+    bool evicted = false;
+
+    for (uint32_t il = 0; il < params.n_layer; ++il) {
+        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+            const auto & gone = rows[il*params.n_head_kv + ih];
+
+            auto & pos = kv.layers[il].heads[ih].pos;
+
+            pos.insert(pos.end(), pos_recent.begin(), pos_recent.end());
+            plan_moves(gone, pos.size(), [&](int32_t src, int32_t dst) {
+                pos[dst] = pos[src];
+            });
+            pos.resize(pos.size() - gone.size());
+
+            evicted = evicted || !gone.empty();
+        }
+    }
     pos_recent.clear();
-    set_pos_kept(std::move(pos_new));
 
     n_evictions += evicted;
+    version++;
 
     return true;
 }
@@ -714,161 +784,259 @@ static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k, gg
     return ggml_scale(ctx, ggml_mul_mat(ctx, k_norm, k_sum), -1.0f/k->ne[0]/k->ne[1]);
 }
 
-bool llama_kv_cache_lukv::compute_scores(const std::vector<uint32_t> & n_keep, std::vector<std::vector<float>> & scores) {
+// a graph of the cache's own, apart from the one of the model: that one stays allocated and can be reused
+class llama_kv_cache_lukv::commit_graph {
+public:
+    commit_graph(llama_kv_cache_lukv & kv, size_t max_nodes) : kv(kv) {
+        ctx.reset(ggml_init({
+            /*.mem_size   =*/ ggml_tensor_overhead()*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        }));
+        gf = ggml_new_graph_custom(ctx.get(), max_nodes, false);
+
+        auto * sched = kv.lctx->get_sched();
+        if (kv.sched && max_nodes <= kv.sched_max_nodes) {
+            return;
+        }
+
+        std::vector<ggml_backend_t>             backends;
+        std::vector<ggml_backend_buffer_type_t> bufts;
+        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+            backends.push_back(ggml_backend_sched_get_backend(sched, i));
+            bufts   .push_back(ggml_backend_sched_get_buffer_type(sched, backends.back()));
+        }
+        kv.sched.reset(ggml_backend_sched_new(backends.data(), bufts.data(), backends.size(), max_nodes, false, false));
+        kv.sched_max_nodes = max_nodes;
+    }
+
+    // tensors with the data that they get before the graph runs
+    template <typename T>
+    ggml_tensor * input(ggml_type type, std::vector<T> data, int64_t ne0) {
+        GGML_ASSERT(sizeof(T) == ggml_type_size(type));
+
+        ggml_tensor * res = ggml_new_tensor_2d(ctx.get(), type, ne0, data.size()/ne0);
+        ggml_set_input(res);
+        inputs.emplace_back(res, std::vector<char>((const char *) data.data(), (const char *) (data.data() + data.size())));
+
+        return res;
+    }
+
+    void output(ggml_tensor * t) {
+        ggml_set_output(t);
+        ggml_build_forward_expand(gf, t);
+    }
+
+    bool compute(const char * what) {
+        auto * sched = kv.sched.get();
+
+        ggml_backend_sched_synchronize(kv.lctx->get_sched());
+        ggml_backend_sched_reset(sched);
+
+        const int n_backends = ggml_backend_sched_get_n_backends(sched);
+        for (const auto & [t, dev] : devs) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(sched, n_backends - 1); // the CPU
+            for (int i = 0; i < n_backends; ++i) {
+                if (ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)) == dev) {
+                    backend = ggml_backend_sched_get_backend(sched, i);
+                }
+            }
+            ggml_backend_sched_set_tensor_backend(sched, t, backend);
+        }
+
+        if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+            LLAMA_LOG_ERROR("%s: failed to allocate the graph for the %s\n", __func__, what);
+            return false;
+        }
+        for (const auto & [t, data] : inputs) {
+            ggml_backend_tensor_set(t, data.data(), 0, data.size());
+        }
+        if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
+            LLAMA_LOG_ERROR("%s: failed to compute the %s\n", __func__, what);
+            return false;
+        }
+        return true;
+    }
+
+    ggml_context_ptr ctx;
+    ggml_cgraph    * gf;
+
+    std::vector<std::pair<ggml_tensor *, ggml_backend_dev_t>> devs; // where tensors are computed, nullptr for the CPU
+
+private:
+    llama_kv_cache_lukv & kv;
+
+    std::vector<std::pair<ggml_tensor *, std::vector<char>>> inputs;
+};
+
+bool llama_kv_cache_lukv::compute_evicted(const std::vector<uint32_t> & n_keep, std::vector<std::vector<int32_t>> & rows) {
     const uint32_t n_recent = pos_recent.size();
 
-    scores.assign(n_keep.size(), {});
+    rows.assign(n_keep.size(), {});
 
-    auto * sched = lctx->get_sched();
+    commit_graph graph(*this, n_nodes_extra() + 1024);
 
-    const size_t max_nodes = n_nodes_extra() + 1024;
+    auto * ctx = graph.ctx.get();
 
-    ggml_context_ptr ctx { ggml_init({
-        /*.mem_size   =*/ ggml_tensor_overhead()*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    }) };
+    // the scores on a device, and the heads that give up cells: the first row of each in the scores, its cells, and how many go
+    struct selection {
+        std::vector<ggml_tensor *> scores;
+        std::vector<uint32_t>      heads;
+        std::vector<int32_t>       segs;
+        std::vector<int64_t>       rows_prot;
 
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), max_nodes, false);
+        int64_t n_rows = 0;
 
-    std::vector<std::pair<size_t, ggml_tensor *>> outputs;
-
-    ggml_tensor * ones = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, n_recent + get_n_kept_max(false));
-    ggml_set_input(ones);
+        bool          on_device = true;
+        ggml_tensor * res       = nullptr;
+    };
+    std::map<ggml_backend_dev_t, selection> selections;
 
     for (uint32_t il = 0; il < params.n_layer; ++il) {
         const auto & layer = kv.layers[il];
+
+        auto & cur = selections[get_dev(il)];
+        cur.on_device = ops[il].select;
+
+        // with the op the scores of a layer have the rows of K, else each head has its own
+        std::vector<int32_t> segs;
 
         for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
             const auto & head = layer.heads[ih];
 
-            const uint32_t n_cells = n_recent + head.pos.size();
-            if (n_cells <= n_keep[il*params.n_head_kv + ih]) {
+            const uint32_t i       = il*params.n_head_kv + ih;
+            const int32_t  n_cells = head.pos.size() + n_recent;
+
+            if (n_cells <= (int32_t) n_keep[i]) {
                 continue;
             }
 
-            ggml_tensor * k = ggml_view_2d(ctx.get(), layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], head.offs*layer.k->nb[1]);
+            const int64_t offs = cur.n_rows + (ops[il].score ? head.offs : 0);
 
-            ggml_tensor * score = build_score_keydiff(ctx.get(), k, ggml_view_2d(ctx.get(), ones, 1, n_cells, ones->nb[1], 0));
-            ggml_set_output(score);
-            ggml_build_forward_expand(gf, score);
+            cur.heads.push_back(i);
+            cur.segs .insert(cur.segs.end(), { (int32_t) offs, n_cells, n_cells - (int32_t) n_keep[i] });
+            for (int32_t row : get_protected(head)) {
+                cur.rows_prot.push_back(offs + row);
+            }
 
-            outputs.emplace_back(il*params.n_head_kv + ih, score);
+            if (ops[il].score) {
+                segs.insert(segs.end(), { (int32_t) head.offs, n_cells });
+                continue;
+            }
+
+            ggml_tensor * k    = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], head.offs*layer.k->nb[1]);
+            ggml_tensor * ones = graph.input(GGML_TYPE_F32, std::vector<float>(n_cells, 1.0f), 1);
+
+            cur.scores.push_back(build_score_keydiff(ctx, k, ones));
+            cur.n_rows += n_cells;
+        }
+
+        if (!segs.empty()) {
+            cur.scores.push_back(ggml_keydiff_ragged(ctx, layer.k, graph.input(GGML_TYPE_I32, segs, 2)));
+            cur.n_rows += layer.k->ne[1];
         }
     }
 
-    if (outputs.empty()) {
+    bool empty = true;
+
+    for (auto & [dev, cur] : selections) {
+        if (cur.heads.empty()) {
+            continue;
+        }
+        empty = false;
+
+        for (ggml_tensor * t : cur.scores) {
+            graph.devs.emplace_back(t, dev);
+        }
+        ggml_tensor * scores = concat(ctx, cur.scores);
+
+        const std::vector<float> inf(cur.rows_prot.size(), INFINITY);
+
+        scores = ggml_set_rows(ctx, ggml_reshape_2d(ctx, scores, 1, cur.n_rows),
+                graph.input(GGML_TYPE_F32, inf, 1), graph.input(GGML_TYPE_I64, cur.rows_prot, cur.rows_prot.size()));
+        graph.devs.emplace_back(scores, dev); // not where most of the inputs are
+
+        int32_t k_max = 0;
+        for (size_t i = 0; i < cur.heads.size(); ++i) {
+            k_max = std::max(k_max, cur.segs[3*i + 2]);
+        }
+
+        cur.res = ggml_bottom_k_ragged(ctx, scores, graph.input(GGML_TYPE_I32, cur.segs, 3), k_max);
+        graph.devs.emplace_back(cur.res, cur.on_device ? dev : nullptr);
+        graph.output(cur.res);
+    }
+
+    if (empty) {
         return true;
     }
 
-    ggml_backend_sched_synchronize(sched);
-    ggml_backend_sched_reset(sched);
-
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        LLAMA_LOG_ERROR("%s: failed to allocate the graph\n", __func__);
+    if (!graph.compute("selection of cells")) {
         return false;
     }
 
-    {
-        const std::vector<float> data(ggml_nelements(ones), 1.0f);
-        ggml_backend_tensor_set(ones, data.data(), 0, ggml_nbytes(ones));
+    std::vector<int32_t> data;
+    for (const auto & [dev, cur] : selections) {
+        if (cur.heads.empty()) {
+            continue;
+        }
+
+        data.resize(ggml_nelements(cur.res));
+        ggml_backend_tensor_get(cur.res, data.data(), 0, ggml_nbytes(cur.res));
+
+        for (size_t i = 0; i < cur.heads.size(); ++i) {
+            const auto first = data.begin() + i*cur.res->ne[0];
+
+            rows[cur.heads[i]].assign(first, first + cur.segs[3*i + 2]);
+        }
     }
-
-    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to compute the scores\n", __func__);
-        return false;
-    }
-
-    ggml_backend_sched_synchronize(sched);
-
-    for (const auto & [i, score] : outputs) {
-        scores[i].resize(ggml_nelements(score));
-        ggml_backend_tensor_get(score, scores[i].data(), 0, ggml_nbytes(score));
-
-        // an order needs numbers
-        std::replace_if(scores[i].begin(), scores[i].end(), [](float x) { return std::isnan(x); }, -INFINITY);
-    }
-
-    // the tensors of the last graph are gone
-    version++;
 
     return true;
 }
 
+// the rows of K or V as numbers of 32 bits, so that they can be moved as they are
+static ggml_tensor * view_raw(ggml_context * ctx, ggml_tensor * t) {
+    ggml_tensor * res = ggml_view_tensor(ctx, t);
+
+    // q8_0 and the like with a head size such as 96 have rows of another length: these are dequantised and quantised again
+    if (t->nb[1] % sizeof(float) == 0) {
+        res->type  = GGML_TYPE_F32;
+        res->ne[0] = t->nb[1]/sizeof(float);
+        res->nb[0] = sizeof(float);
+    }
+
+    return res;
+}
+
 bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves) {
-    auto * sched = lctx->get_sched();
+    commit_graph graph(*this, 16*params.n_layer + 16);
 
-    const size_t max_nodes = 8*params.n_layer + 16;
-
-    ggml_context_ptr ctx { ggml_init({
-        /*.mem_size   =*/ ggml_tensor_overhead()*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    }) };
-
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), max_nodes, false);
-
-    struct input {
-        const std::vector<cell_move> & moves;
-        ggml_tensor * src;
-        ggml_tensor * dst;
-    };
-    std::vector<input> inputs;
+    bool empty = true;
 
     for (uint32_t il = 0; il < params.n_layer; ++il) {
-        const auto & layer = kv.layers[il];
-
-        const int64_t n_moves = moves[il].size();
-        if (n_moves == 0) {
+        if (moves[il].empty()) {
             continue;
         }
+        empty = false;
 
-        ggml_tensor * src = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, n_moves);
-        ggml_tensor * dst = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, n_moves);
-        ggml_set_input(src);
-        ggml_set_input(dst);
-
-        for (ggml_tensor * t : { layer.k, layer.v }) {
-            // note: all rows are read before the first one is written
-            ggml_build_forward_expand(gf, ggml_set_rows(ctx.get(), t, ggml_get_rows(ctx.get(), t, src), dst));
-        }
-
-        inputs.push_back({ moves[il], src, dst });
-    }
-
-    if (inputs.empty()) {
-        return true;
-    }
-
-    ggml_backend_sched_synchronize(sched);
-    ggml_backend_sched_reset(sched);
-
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        LLAMA_LOG_ERROR("%s: failed to allocate the graph\n", __func__);
-        return false;
-    }
-
-    for (const auto & inp : inputs) {
         std::vector<int32_t> src;
         std::vector<int64_t> dst;
-        for (const auto & move : inp.moves) {
+        for (const auto & move : moves[il]) {
             src.push_back(move.src);
             dst.push_back(move.dst);
         }
-        ggml_backend_tensor_set(inp.src, src.data(), 0, ggml_nbytes(inp.src));
-        ggml_backend_tensor_set(inp.dst, dst.data(), 0, ggml_nbytes(inp.dst));
+
+        ggml_tensor * idxs_src = graph.input(GGML_TYPE_I32, src, src.size());
+        ggml_tensor * idxs_dst = graph.input(GGML_TYPE_I64, dst, dst.size());
+
+        for (ggml_tensor * t : { kv.layers[il].k, kv.layers[il].v }) {
+            ggml_tensor * raw = view_raw(graph.ctx.get(), t);
+
+            // note: all rows are read before the first one is written
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx.get(), raw, ggml_get_rows(graph.ctx.get(), raw, idxs_src), idxs_dst));
+        }
     }
 
-    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to move the cells\n", __func__);
-        return false;
-    }
-
-    ggml_backend_sched_synchronize(sched);
-
-    version++;
-
-    return true;
+    return empty || graph.compute("moves of cells");
 }
 
 //
@@ -956,9 +1124,47 @@ void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, uint32_t n_recent_pa
     }
 }
 
+void llama_kv_cache_lukv::set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
+    int32_t * data = (int32_t *) dst->data;
+
+    // the positions of a sequence ascend
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto n_seen = causal_attn ?
+            std::upper_bound(pos_recent.begin(), pos_recent.end(), ubatch.pos[i]) - pos_recent.begin() : pos_recent.size();
+
+        data[i] = get_n_recent_pad(pos_recent.size()) - n_seen;
+    }
+}
+
 bool llama_kv_cache_lukv::use_ragged(uint32_t il, uint32_t n_tokens) const {
-    // note: the op has only a CPU implementation
-    return n_tokens <= N_UBATCH_DECODE && ggml_backend_buffer_is_host(kv.layers[il].k->buffer);
+    return ops[il].attn && n_tokens <= ops[il].n_tokens_attn;
+}
+
+bool llama_kv_cache_lukv::use_ragged(uint32_t n_tokens) const {
+    for (uint32_t il = 0; il < params.n_layer; ++il) {
+        if (!use_ragged(il, n_tokens)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// orthonormal Walsh-Hadamard matrix
+void llama_kv_cache_lukv::set_input_rot(ggml_tensor * dst) {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+
+    const uint32_t n = dst->ne[0];
+    for (uint32_t i = 0; i < n; ++i) {
+        for (uint32_t j = 0; j < n; ++j) {
+            bool odd = false;
+            for (uint32_t bits = i & j; bits != 0; bits &= bits - 1) {
+                odd = !odd;
+            }
+            ((float *) dst->data)[i*n + j] = (odd ? -1.0f : 1.0f)/sqrtf(n);
+        }
+    }
 }
 
 template <typename T>
@@ -1162,20 +1368,34 @@ llm_graph_input_attn_kv_lukv::llm_graph_input_attn_kv_lukv(
 void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
     const auto * kv = mctx_lukv->get_kv();
 
-    kv->set_input_idxs   (self_idxs,    ubatch->n_tokens);
-    kv->set_input_kq_mask(self_kq_mask, *ubatch, cparams.causal_attn);
+    kv->set_input_idxs(self_idxs, ubatch->n_tokens);
 
-    // read only where the attention is computed for all heads together
+    // where the attention is computed head by head
+    if (self_kq_mask && self_kq_mask->buffer) {
+        kv->set_input_kq_mask(self_kq_mask, *ubatch, cparams.causal_attn);
+    }
+
+    // where it is computed for all heads together
     if (self_segs->buffer) {
-        kv->set_input_segs(self_segs, n_recent_pad);
+        kv->set_input_segs    (self_segs, n_recent_pad);
+        kv->set_input_n_hidden(self_n_hidden, *ubatch, cparams.causal_attn);
+    }
+
+    for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
+        if (rot && rot->buffer) {
+            llama_kv_cache_lukv::set_input_rot(rot);
+        }
     }
 }
 
 bool llm_graph_input_attn_kv_lukv::can_reuse(const llm_graph_params & params) {
     mctx_lukv = static_cast<const llama_kv_cache_lukv_context *>(params.mctx);
 
-    return self_kq_mask->ne[1] == params.ubatch.n_tokens &&
-        version      == mctx_lukv->get_kv()->get_version() &&
+    const auto * kv = mctx_lukv->get_kv();
+
+    return self_n_hidden->ne[0] == params.ubatch.n_tokens &&
+        version_alloc == kv->get_version_alloc() &&
+        (ragged || version == kv->get_version()) &&
         n_recent_pad == mctx_lukv->get_n_recent_pad(params.ubatch.n_tokens);
 }
 
@@ -1189,8 +1409,10 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
 
     auto inp = std::make_unique<llm_graph_input_attn_kv_lukv>(hparams, cparams, mctx);
 
-    inp->version      = kv->get_version();
-    inp->n_recent_pad = mctx->get_n_recent_pad(ubatch.n_tokens);
+    inp->version       = kv->get_version();
+    inp->version_alloc = kv->get_version_alloc();
+    inp->n_recent_pad  = mctx->get_n_recent_pad(ubatch.n_tokens);
+    inp->ragged        = cparams.flash_attn && kv->use_ragged(ubatch.n_tokens);
 
     inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, kv->get_params().n_head_kv*ubatch.n_tokens, kv->get_params().n_layer);
     ggml_set_input(inp->self_idxs);
@@ -1200,11 +1422,28 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     ggml_set_input(inp->self_segs);
     ggml_set_name (inp->self_segs, "attn_inp_segs_lukv");
 
-    // flash attention requires an f16 mask
-    inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
-            inp->n_recent_pad + kv->get_n_kept_max(mctx->is_full()), ubatch.n_tokens);
-    ggml_set_input(inp->self_kq_mask);
-    ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
+    inp->self_n_hidden = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ubatch.n_tokens);
+    ggml_set_input(inp->self_n_hidden);
+    ggml_set_name (inp->self_n_hidden, "attn_inp_n_hidden_lukv");
+
+    if (!inp->ragged) {
+        // flash attention requires an f16 mask
+        inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
+                inp->n_recent_pad + kv->get_n_kept_max(mctx->is_full()), ubatch.n_tokens);
+        ggml_set_input(inp->self_kq_mask);
+        ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
+    }
+
+    const auto new_rot = [&](uint32_t n, const char * name) {
+        ggml_tensor * res = n > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n) : nullptr;
+        if (res) {
+            ggml_set_input(res);
+            ggml_set_name (res, name);
+        }
+        return res;
+    };
+    inp->self_k_rot = new_rot(kv->get_rot_k(), "attn_inp_k_rot_lukv");
+    inp->self_v_rot = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
 
     return inp;
 }
@@ -1228,14 +1467,12 @@ ggml_tensor * build_attn_lukv(
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
     const int64_t  n_gqa     = q_cur->ne[1]/n_head_kv;
 
-    if (gctx.cparams.flash_attn && !sinks && kv->use_ragged(il, gctx.n_tokens)) {
-        ggml_tensor * mask = inp->self_kq_mask;
+    if (gctx.cparams.flash_attn && kv->use_ragged(il, gctx.n_tokens)) {
         ggml_tensor * segs = inp->self_segs;
 
         ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il),
-                ggml_view_2d(ctx0, segs, segs->ne[0], segs->ne[1], segs->nb[1], il*segs->nb[2]),
-                ggml_view_2d(ctx0, mask, inp->n_recent_pad, mask->ne[1], mask->nb[1], (mask->ne[0] - inp->n_recent_pad)*mask->nb[0]),
-                kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+                ggml_view_2d(ctx0, segs, segs->ne[0], segs->ne[1], segs->nb[1], il*segs->nb[2]), inp->self_n_hidden,
+                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
 
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
         ggml_build_forward_expand(gctx.gf, cur);
@@ -1264,18 +1501,10 @@ ggml_tensor * build_attn_lukv(
         outs.push_back(gctx.build_attn_mha(q, k, v, nullptr, kq_mask, sinks_h, nullptr, 0, kq_scale, il));
     }
 
-    // pairwise, so that each row is copied log2(n_head_kv) times
-    while (outs.size() > 1) {
-        std::vector<ggml_tensor *> pairs;
-        for (size_t i = 0; i < outs.size(); i += 2) {
-            pairs.push_back(i + 1 < outs.size() ? ggml_concat(ctx0, outs[i], outs[i + 1], 0) : outs[i]);
-        }
-        outs = std::move(pairs);
-    }
+    ggml_tensor * cur = concat(ctx0, std::move(outs));
+    ggml_build_forward_expand(gctx.gf, cur);
 
-    ggml_build_forward_expand(gctx.gf, outs[0]);
-
-    return outs[0];
+    return cur;
 }
 
 //
@@ -1305,10 +1534,8 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
             return "layers with different numbers of KV heads are not supported yet";
         }
     }
-    for (ggml_type type : { params.type_k, params.type_v }) {
-        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16) {
-            return format("the KV cache type %s is not supported yet, use f16, bf16 or f32", ggml_type_name(type));
-        }
+    if (hparams.n_embd_head_k() % ggml_blck_size(params.type_k) != 0 || hparams.n_embd_head_v() % ggml_blck_size(params.type_v) != 0) {
+        return format("heads of the size %u cannot be stored as %s and %s", hparams.n_embd_head_k(), ggml_type_name(params.type_k), ggml_type_name(params.type_v));
     }
     if (cparams.n_seq_max > 1) {
         return format("%u parallel sequences are not supported yet, use 1 (--parallel 1)", cparams.n_seq_max);

@@ -5,6 +5,7 @@
 #include "llama-lukv-params.h"
 #include "llama-memory.h"
 
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -106,8 +107,15 @@ public:
     // graph_build API
     //
 
-    // changes whenever a graph that was built before would read the wrong cells
+    // changes whenever a graph with views of the heads' cells would read the wrong ones
     uint64_t get_version() const { return version; }
+
+    // changes whenever the cells are in other tensors
+    uint64_t get_version_alloc() const { return version_alloc; }
+
+    // sizes of the rotations of K and V, 0 for none
+    uint32_t get_rot_k() const { return rot_k; }
+    uint32_t get_rot_v() const { return rot_v; }
 
     // recent cells that a graph reads, n_recent of them in use
     uint32_t get_n_recent_pad(uint32_t n_recent) const;
@@ -126,8 +134,9 @@ public:
     ggml_tensor * get_k(uint32_t il) const { return kv.layers[il].k; }
     ggml_tensor * get_v(uint32_t il) const { return kv.layers[il].v; }
 
-    // true if the attention of a layer can be computed by one op for all heads
+    // true if the attention of a layer, or of all layers, is computed by one op for all heads
     bool use_ragged(uint32_t il, uint32_t n_tokens) const;
+    bool use_ragged(uint32_t n_tokens) const;
 
     // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens]
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, uint32_t il) const;
@@ -139,8 +148,13 @@ public:
     // first row and number of cells of each head: I32 [2, n_head_kv, n_layer]
     void set_input_segs(ggml_tensor * dst, uint32_t n_recent_pad) const;
 
+    // recent cells, unused ones included, that each token does not see: I32 [n_tokens]
+    void set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const;
+
     // F16/F32 [n_kept_max + n_recent_pad, n_tokens]
     void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const;
+
+    static void set_input_rot(ggml_tensor * dst);
 
 private:
     struct kv_head {
@@ -172,6 +186,17 @@ private:
         uint64_t size() const;
     };
 
+    // what the device of a layer can do for all heads together
+    struct layer_ops {
+        bool attn   = false;
+        bool score  = false;
+        bool select = false;
+
+        uint32_t n_tokens_attn = std::numeric_limits<uint32_t>::max(); // per ubatch, at most
+    };
+
+    class commit_graph;
+
     const llama_model & model;
 
     const llama_lukv_params params;
@@ -182,6 +207,11 @@ private:
     const bool     offload;
     const uint32_t kv_size;
     const uint32_t n_recent_max;
+
+    const uint32_t rot_k;
+    const uint32_t rot_v;
+
+    std::vector<layer_ops> ops;
 
     kv_storage kv;
 
@@ -198,8 +228,16 @@ private:
     int64_t  n_evictions = 0;
     uint64_t version     = 0;
 
+    uint64_t version_alloc = 0;
+
     // the context that computes the commits, known from the first batch on
     llama_context * lctx = nullptr;
+
+    ggml_backend_sched_ptr sched;
+    size_t                 sched_max_nodes = 0;
+
+    ggml_backend_dev_t get_dev(uint32_t il) const;
+    layer_ops          get_ops(uint32_t il) const;
 
     kv_storage alloc(const std::vector<uint32_t> & n_owned) const;
 
@@ -216,11 +254,12 @@ private:
     // close the holes that seq_rm left
     bool compact();
 
-    void set_pos_kept(std::vector<std::vector<llama_pos>> pos); // per head
+    // rows of the cells that are never evicted
+    std::vector<int32_t> get_protected(const kv_head & head) const;
 
-    // graphs on the scheduler of the context
-    bool compute_scores(const std::vector<uint32_t> & n_keep, std::vector<std::vector<float>> & scores);
-    bool compute_moves (const cell_moves & moves);
+    // the rows of each head that have to go, ascending
+    bool compute_evicted(const std::vector<uint32_t> & n_keep, std::vector<std::vector<int32_t>> & rows);
+    bool compute_moves  (const cell_moves & moves);
 
     void remove_range(llama_pos p0, llama_pos p1);
 
@@ -289,9 +328,13 @@ public:
 
     ggml_tensor * self_idxs = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
     ggml_tensor * self_segs = nullptr; // I32 [2, n_head_kv, n_layer]
+    ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
 
-    uint32_t n_recent_pad = 0;
-    uint64_t version      = 0;
+    uint32_t n_recent_pad  = 0;
+    uint64_t version       = 0;
+    uint64_t version_alloc = 0;
+
+    bool ragged = false; // all layers, hence there is no mask
 
     const llama_kv_cache_lukv_context * mctx_lukv;
 };

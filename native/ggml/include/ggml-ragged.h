@@ -6,23 +6,49 @@
 extern "C" {
 #endif
 
-    // attention over a cache in which every KV head has cells of its own
+    // ops on a KV cache in which every KV head has cells of its own: a segment of the rows of K and V
+
+    // attention
     //
-    // q:    [n_embd_k, n_head, n_tokens] F32, rows contiguous
-    // k:    [n_embd_k, n_rows]           the cells of all heads
-    // v:    [n_embd_v, n_rows]
-    // segs: [2, n_head_kv]               I32: first row and number of cells of each KV head
-    // mask: [n_mask, n_tokens]           F16: for the last n_mask cells of each head. all tokens see the cells before them
-    // res:  [n_embd_v, n_head, n_tokens] F32
+    // q:        [n_embd, n_head, n_tokens] F32, rows contiguous
+    // k:        [n_embd, n_rows]           the cells of all heads
+    // v:        [n_embd, n_rows]
+    // segs:     [2, n_head_kv]             I32: first row and number of cells of each KV head
+    // n_hidden: [n_tokens]                 I32: how many of the last cells of each head the token does not see
+    // sinks:    [n_head]                   F32, optional
+    // res:      [n_embd, n_head, n_tokens] F32
     GGML_API struct ggml_tensor * ggml_flash_attn_ragged(
             struct ggml_context * ctx,
             struct ggml_tensor  * q,
             struct ggml_tensor  * k,
             struct ggml_tensor  * v,
             struct ggml_tensor  * segs,
-            struct ggml_tensor  * mask,
+            struct ggml_tensor  * n_hidden,
+            struct ggml_tensor  * sinks,
             float                 scale,
             float                 logit_softcap);
+
+    // KeyDiff scores: -cos(k, mean of the normalised keys of the segment)
+    // ref: https://arxiv.org/abs/2504.15364
+    //
+    // k:    [n_embd, n_rows]
+    // segs: [2, n_head_kv] I32: first row and number of cells of each KV head
+    // res:  [n_rows]       F32, rows outside the segments are left as they are
+    GGML_API struct ggml_tensor * ggml_keydiff_ragged(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * segs);
+
+    // the smallest numbers of each segment. of equal ones the first, NaN is smaller than any number
+    //
+    // x:    n_rows numbers, F32
+    // segs: [3, n_segs]     I32: first row, number of rows, and how many to find, k_max at most
+    // res:  [k_max, n_segs] I32: rows, counted from the first one of the segment, ascending. the rest is -1
+    GGML_API struct ggml_tensor * ggml_bottom_k_ragged(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * x,
+            struct ggml_tensor  * segs,
+            int64_t               k_max);
 
 #ifdef __cplusplus
 }

@@ -11,10 +11,59 @@
 #include <cmath>
 #include <cstring>
 
-// cells that are converted to F32 and attended to together
+// cells that are converted to F32 and worked on together
 static constexpr int TILE = 64;
 
 static constexpr int PAD_F32 = 16; // keeps the threads' buffers on cache lines of their own
+
+//
+// shared by the ops
+//
+
+// rows [row, row + n) as F32: as they are, or converted to buf
+static const float * rows_f32(const ggml_tensor * t, int64_t row, int n, float * buf) {
+    const char  * src = (const char *) t->data + row*t->nb[1];
+    const int64_t ne  = n*t->ne[0];
+
+    switch (t->type) {
+        case GGML_TYPE_F32:  return (const float *) src;
+        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, buf, ne); break;
+        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, buf, ne); break;
+        default:             ggml_get_type_traits(t->type)->to_float(src, buf, ne);     break;
+    }
+
+    return buf;
+}
+
+// calls f(head, first row, number of cells, first, last) for the cells [first, last) of the heads that thread ith has:
+// equal shares of all cells, whatever head they belong to. the last n_hidden cells of each head do not count
+template <typename F>
+static void for_each_share(const ggml_tensor * segs, int n_hidden, int ith, int nth, const F & f) {
+    const int32_t * seg    = (const int32_t *) segs->data;
+    const int       n_head = segs->ne[1];
+
+    int64_t n_cells = 0;
+    for (int h = 0; h < n_head; ++h) {
+        n_cells += seg[2*h + 1] - n_hidden;
+    }
+    const int64_t c0 = n_cells* ith     /nth;
+    const int64_t c1 = n_cells*(ith + 1)/nth;
+
+    int64_t offs = 0;
+    for (int h = 0; h < n_head; ++h) {
+        const int size  = seg[2*h + 1] - n_hidden;
+        const int first = std::clamp<int64_t>(c0 - offs, 0, size);
+        const int last  = std::clamp<int64_t>(c1 - offs, 0, size);
+
+        offs += size;
+
+        f(h, seg[2*h], size, first, last);
+    }
+}
+
+//
+// attention
+//
 
 // the queries of one KV head: n_gqa heads times n_tokens
 static int n_queries(const ggml_tensor * dst) {
@@ -31,26 +80,6 @@ static int64_t scratch_size(const ggml_tensor * dst) {
     const int64_t DV = dst->src[2]->ne[0];
 
     return GGML_PAD(n_queries(dst)*(DK + TILE) + TILE*(DK + DV), PAD_F32);
-}
-
-// work: scratch [n_tasks], then partial results [n_tasks][n_head_kv][n_queries]
-size_t ggml_flash_attn_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
-    return sizeof(float)*n_tasks*(scratch_size(dst) + dst->src[3]->ne[1]*n_queries(dst)*partial_size(dst)) + PAD_F32*sizeof(float);
-}
-
-// rows [row, row + n) as F32: as they are, or converted to buf
-static const float * rows_f32(const ggml_tensor * t, int64_t row, int n, float * buf) {
-    const char  * src = (const char *) t->data + row*t->nb[1];
-    const int64_t ne  = n*t->ne[0];
-
-    switch (t->type) {
-        case GGML_TYPE_F32:  return (const float *) src;
-        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, buf, ne); break;
-        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, buf, ne); break;
-        default:             ggml_get_type_traits(t->type)->to_float(src, buf, ne);     break;
-    }
-
-    return buf;
 }
 
 // res[i] = scale*<k[i], q> for n rows of k
@@ -81,11 +110,11 @@ static void dot_rows(int n, int d, const float * k, const float * q, float scale
 }
 
 void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * q    = dst->src[0];
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * v    = dst->src[2];
-    const ggml_tensor * segs = dst->src[3];
-    const ggml_tensor * mask = dst->src[4];
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * segs  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[5];
 
     const int64_t DK        = k->ne[0];
     const int64_t DV        = v->ne[0];
@@ -118,48 +147,18 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         return partials + ((int64_t(t)*n_head_kv + h)*n_q + i)*partial_size(dst);
     };
 
-    const int32_t * seg = (const int32_t *) segs->data;
+    // the cells that no token sees are left out
+    const int32_t * n_hidden     = (const int32_t *) dst->src[4]->data;
+    const int32_t   n_hidden_all = *std::min_element(n_hidden, n_hidden + n_tokens);
 
-    const auto mask_row = [&](int t) { return (const ggml_fp16_t *) ((const char *) mask->data + t*mask->nb[1]); };
-
-    // the masked columns from n_mask on are hidden from all tokens
-    int n_mask = 0;
-    for (int t = 0; t < n_tokens; ++t) {
-        const ggml_fp16_t * row = mask_row(t);
-        for (int i = mask->ne[0] - 1; i >= n_mask; --i) {
-            if (GGML_CPU_FP16_TO_FP32(row[i]) != -INFINITY) {
-                n_mask = i + 1;
-                break;
-            }
-        }
-    }
-    const int n_hidden = mask->ne[0] - n_mask;
-
-    // equal shares of all cells, whatever head they belong to
-    int64_t n_cells = 0;
-    for (int h = 0; h < n_head_kv; ++h) {
-        n_cells += seg[2*h + 1] - n_hidden;
-    }
-    const int64_t c0 = n_cells* ith     /nth;
-    const int64_t c1 = n_cells*(ith + 1)/nth;
-
-    int64_t offs = 0;
-    for (int h = 0; h < n_head_kv; ++h) {
-        const int64_t row  = seg[2*h];
-        const int     size = seg[2*h + 1] - n_hidden;
-
-        const int first = std::clamp<int64_t>(c0 - offs, 0, size);
-        const int last  = std::clamp<int64_t>(c1 - offs, 0, size);
-
-        offs += size;
-
+    for_each_share(segs, n_hidden_all, ith, nth, [&](int h, int64_t row, int size, int first, int last) {
         for (int i = 0; i < n_q; ++i) {
             float * res = partial(ith, h, i);
             res[0] = -INFINITY;
             std::fill(res + 1, res + partial_size(dst), 0.0f);
         }
         if (first == last) {
-            continue;
+            return;
         }
 
         // the queries of the head: token by token, and within a token head by head
@@ -185,18 +184,14 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
                     }
                 }
 
-                const int j0 = std::max(0, size - n_mask - c); // first masked cell of the tile
-                for (int j = j0; j < n; ++j) {
-                    p[j] += GGML_CPU_FP16_TO_FP32(mask_row(i/n_gqa)[c + j - (size - n_mask)]);
+                const int n_seen = std::clamp(size + n_hidden_all - n_hidden[i/n_gqa] - c, 0, n);
+                if (n_seen == 0) {
+                    continue;
                 }
+                std::fill(p + n_seen, p + n, -INFINITY);
 
                 float max;
                 ggml_vec_max_f32(n, &max, p);
-                if (max == -INFINITY) {
-                    std::fill(p, p + n, 0.0f);
-                    continue;
-                }
-
                 if (max > res[0]) {
                     const float old = expf(res[0] - max);
 
@@ -209,7 +204,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
                 simd_gemm(res + 2, p, V, 1, n, DV);
             }
         }
-    }
+    });
 
     ggml_barrier(params->threadpool);
 
@@ -218,7 +213,9 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         const int h = j/n_q;
         const int i = j%n_q;
 
-        float max = -INFINITY;
+        const float sink = sinks ? ((const float *) sinks->data)[h*n_gqa + i%n_gqa] : -INFINITY;
+
+        float max = sink;
         for (int t = 0; t < nth; ++t) {
             max = std::max(max, partial(t, h, i)[0]);
         }
@@ -226,7 +223,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         float * out = (float *) ((char *) dst->data + (i/n_gqa)*dst->nb[2] + (h*n_gqa + i%n_gqa)*dst->nb[1]);
         std::fill(out, out + DV, 0.0f);
 
-        float sum = 0.0f;
+        float sum = sinks ? expf(sink - max) : 0.0f;
         for (int t = 0; t < nth; ++t) {
             const float * res = partial(t, h, i);
             if (res[1] == 0.0f) {
@@ -240,5 +237,138 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         if (sum > 0.0f) {
             ggml_vec_scale_f32(DV, out, 1.0f/sum);
         }
+    }
+}
+
+//
+// KeyDiff
+//
+
+// res = x/|x|
+static void normalize(int n, const float * x, float * res) {
+    float sum;
+    ggml_vec_dot_f32(n, &sum, 0, x, 0, x, 0, 1);
+
+    const float scale = sum > 0.0f ? 1.0f/sqrtf(sum) : 0.0f;
+    for (int i = 0; i < n; ++i) {
+        res[i] = scale*x[i];
+    }
+}
+
+static int64_t keydiff_scratch_size(const ggml_tensor * dst) {
+    return GGML_PAD((TILE + 1)*dst->src[0]->ne[0], PAD_F32);
+}
+
+void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * k    = dst->src[0];
+    const ggml_tensor * segs = dst->src[1];
+
+    const int64_t D      = k->ne[0];
+    const int     n_head = segs->ne[1];
+
+    const int ith = params->ith;
+    const int nth = params->nth;
+
+    // scratch [nth], then the sums of normalised keys [nth][n_head][D]
+    float * work = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
+    float * KT   = work + ith*keydiff_scratch_size(dst); // [TILE][D]
+    float * tmp  = KT + TILE*D;                          // [D]
+    float * sums = work + nth*keydiff_scratch_size(dst);
+
+    for_each_share(segs, 0, ith, nth, [&](int h, int64_t row, int /*size*/, int first, int last) {
+        float * sum = sums + (int64_t(ith)*n_head + h)*D;
+        std::fill(sum, sum + D, 0.0f);
+
+        for (int c = first; c < last; c += TILE) {
+            const int n = std::min(TILE, last - c);
+
+            const float * K = rows_f32(k, row + c, n, KT);
+            for (int i = 0; i < n; ++i) {
+                normalize(D, K + i*D, tmp);
+                ggml_vec_acc_f32(D, sum, tmp);
+            }
+        }
+    });
+
+    ggml_barrier(params->threadpool);
+
+    for_each_share(segs, 0, ith, nth, [&](int h, int64_t row, int /*size*/, int first, int last) {
+        if (first == last) {
+            return;
+        }
+
+        float * anchor = tmp;
+        std::fill(anchor, anchor + D, 0.0f);
+        for (int t = 0; t < nth; ++t) {
+            ggml_vec_acc_f32(D, anchor, sums + (int64_t(t)*n_head + h)*D);
+        }
+        normalize(D, anchor, anchor);
+
+        for (int c = first; c < last; c += TILE) {
+            const int n = std::min(TILE, last - c);
+
+            const float * K = rows_f32(k, row + c, n, KT);
+            for (int i = 0; i < n; ++i) {
+                float dot;
+                float sum;
+                ggml_vec_dot_f32(D, &dot, 0, K + i*D, 0, anchor,  0, 1);
+                ggml_vec_dot_f32(D, &sum, 0, K + i*D, 0, K + i*D, 0, 1);
+
+                ((float *) dst->data)[row + c + i] = sum > 0.0f ? -dot/sqrtf(sum) : 0.0f;
+            }
+        }
+    });
+}
+
+//
+// the smallest of each segment
+//
+
+// the order of the numbers as that of unsigned integers, NaN first
+static uint32_t float_to_ordered(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof(u));
+
+    return x != x ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
+}
+
+void ggml_compute_forward_bottom_k_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * x    = dst->src[0];
+    const ggml_tensor * segs = dst->src[1];
+
+    uint64_t * work = (uint64_t *) GGML_PAD((uintptr_t) params->wdata, sizeof(uint64_t)) + params->ith*ggml_nelements(x);
+
+    for (int64_t s = params->ith; s < segs->ne[1]; s += params->nth) {
+        const int32_t * seg  = (const int32_t *) segs->data + 3*s;
+        const float   * data = (const float *) x->data + seg[0];
+        int32_t       * res  = (int32_t *) dst->data + s*dst->ne[0];
+
+        const int n = seg[1];
+        const int k = std::min(seg[2], n);
+
+        for (int i = 0; i < n; ++i) {
+            work[i] = uint64_t(float_to_ordered(data[i])) << 32 | i;
+        }
+        if (k < n) {
+            std::nth_element(work, work + k, work + n);
+        }
+        for (int i = 0; i < dst->ne[0]; ++i) {
+            res[i] = i < k ? int32_t(work[i]) : -1;
+        }
+        std::sort(res, res + k);
+    }
+}
+
+size_t ggml_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
+    switch (dst->op) {
+        case GGML_OP_FLASH_ATTN_RAGGED:
+            // scratch [n_tasks], then partial results [n_tasks][n_head_kv][n_queries]
+            return sizeof(float)*(n_tasks*(scratch_size(dst) + dst->src[3]->ne[1]*n_queries(dst)*partial_size(dst)) + PAD_F32);
+        case GGML_OP_KEYDIFF_RAGGED:
+            return sizeof(float)*(n_tasks*(keydiff_scratch_size(dst) + dst->src[1]->ne[1]*dst->src[0]->ne[0]) + PAD_F32);
+        case GGML_OP_BOTTOM_K_RAGGED:
+            return sizeof(uint64_t)*(n_tasks*ggml_nelements(dst->src[0]) + 1);
+        default:
+            GGML_ABORT("fatal error");
     }
 }

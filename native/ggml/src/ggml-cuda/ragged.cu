@@ -1,0 +1,1478 @@
+#include "convert.cuh"
+#include "ragged.cuh"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+// The ops of ggml-ragged.h
+//
+// The cells of all heads are cut into tiles, and every block gets the same number of consecutive tiles, whatever head they
+// belong to. A block that reaches from one head into the next one has a partial result for each. Between two consecutive
+// partial results either the block or the unit (a head, or a head and some of its queries) changes, hence block + unit
+// numbers them: no lists, and the same grid for every shape of the cache.
+
+static constexpr int RAGGED_MAX_HEADS = 256;
+
+static constexpr float LOG2E = 1.4426950408889634f;
+
+//
+// tiles
+//
+
+// n_tiles tiles in n_blocks equal shares: the first `rest` blocks have one more. 32 bits: divisions of 64 bits are slow
+struct tile_shares {
+    uint32_t n_tiles;
+    uint32_t size;
+    uint32_t rest;
+
+    __device__ __forceinline__ tile_shares(const uint32_t n_tiles, const uint32_t n_blocks) :
+        n_tiles(n_tiles), size(n_tiles/n_blocks), rest(n_tiles%n_blocks) {}
+
+    __device__ __forceinline__ int first(const uint32_t block) const {
+        return block*size + min(block, rest);
+    }
+
+    __device__ __forceinline__ bool empty(const uint32_t block) const {
+        return size == 0 && block >= rest;
+    }
+
+    // the block that has a tile
+    __device__ __forceinline__ int block(const uint32_t tile) const {
+        const uint32_t n_large = rest*(size + 1);
+        return tile < n_large ? tile/(size + 1) : rest + (tile - n_large)/size;
+    }
+};
+
+static __host__ __device__ constexpr int n_tiles_of(const int n_cells, const int tile_size) {
+    return (n_cells + tile_size - 1)/tile_size;
+}
+
+// [head]: first row and number of cells. returns the number of tiles of all heads, each counted n_units times
+static __device__ __forceinline__ int load_segs(
+        int2 * segs, const int32_t * segs_g, const int n_head_kv, const int n_units, const int tile_size) {
+    for (int h = threadIdx.x; h < n_head_kv; h += blockDim.x) {
+        segs[h] = make_int2(segs_g[2*h + 0], segs_g[2*h + 1]);
+    }
+    __syncthreads();
+
+    int res = 0;
+    for (int h = 0; h < n_head_kv; ++h) {
+        res += n_tiles_of(segs[h].y, tile_size);
+    }
+    return n_units*res;
+}
+
+//
+// rows of K and V
+//
+
+static __host__ __device__ constexpr int row_bytes(const ggml_type type, const int d) {
+    return type == GGML_TYPE_Q8_0 ? d/QK8_0*(int) sizeof(block_q8_0) :
+           type == GGML_TYPE_Q4_0 ? d/QK4_0*(int) sizeof(block_q4_0) :
+           type == GGML_TYPE_F32  ? d*4 : d*2;
+}
+
+// two bytes as a pair of f16, exact: 0x6400 + b is 1024 + b
+static __device__ __forceinline__ half2 bytes_to_half2(const uint32_t b, const float offset) {
+    const uint32_t h = __byte_perm(b, 0x64646464, 0x4140);
+    return __hsub2(*(const half2 *) &h, __float2half2_rn(1024.0f + offset));
+}
+
+// the integers of the elements [8*chunk, 8*chunk + 8) of a quantised row, at any even address. returns their scale
+template <ggml_type type>
+static __device__ __forceinline__ half load_chunk_quantized(const char * row, const int chunk, half2 res[4]) {
+    if constexpr (type == GGML_TYPE_Q8_0) {
+        const char     * block = row + chunk/4*sizeof(block_q8_0);
+        const uint16_t * qs    = (const uint16_t *) (block + sizeof(half)) + chunk%4*4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            res[i] = bytes_to_half2(qs[i] ^ 0x8080, 128.0f);
+        }
+        return *(const half *) block;
+    } else {
+        static_assert(type == GGML_TYPE_Q4_0, "bad type");
+        const char     * block = row + chunk/4*sizeof(block_q4_0);
+        const uint16_t * qs    = (const uint16_t *) (block + sizeof(half)) + chunk%2*4;
+        const int        shift = chunk%4/2*4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            res[i] = bytes_to_half2((qs[i] >> shift) & 0x0F0F, 8.0f);
+        }
+        return *(const half *) block;
+    }
+}
+
+template <ggml_type type>
+static __device__ __forceinline__ void load_chunk_f32(const char * row, const int chunk, float res[8]) {
+    if constexpr (type == GGML_TYPE_F32) {
+        const float4 a = ((const float4 *) row)[2*chunk + 0];
+        const float4 b = ((const float4 *) row)[2*chunk + 1];
+        res[0] = a.x; res[1] = a.y; res[2] = a.z; res[3] = a.w;
+        res[4] = b.x; res[5] = b.y; res[6] = b.z; res[7] = b.w;
+    } else if constexpr (type == GGML_TYPE_F16) {
+        const uint4 a = ((const uint4 *) row)[chunk];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 f = __half22float2(((const half2 *) &a)[i]);
+            res[2*i + 0] = f.x;
+            res[2*i + 1] = f.y;
+        }
+    } else if constexpr (type == GGML_TYPE_BF16) {
+        const uint4 a = ((const uint4 *) row)[chunk];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t u = ((const uint32_t *) &a)[i];
+            res[2*i + 0] = __uint_as_float(u << 16);
+            res[2*i + 1] = __uint_as_float(u & 0xFFFF0000);
+        }
+    } else {
+        half2 h[4];
+        const float d = __half2float(load_chunk_quantized<type>(row, chunk, h));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 f = __half22float2(h[i]);
+            res[2*i + 0] = d*f.x;
+            res[2*i + 1] = d*f.y;
+        }
+    }
+}
+
+//
+// attention
+//
+
+// quantised K and V are converted as a whole from this number of queries of a head on
+static constexpr int FATTN_CONVERT_ROWS = 256;
+
+struct fattn_ragged_args {
+    const char    * q;       // F32 [D, n_head, n_tokens]
+    const char    * k;
+    const char    * v;
+    const int32_t * segs;
+    const int32_t * n_hidden; // [n_tokens]
+
+    float  * part_o;         // [n_blocks + n_units][rows of a unit][D]
+    float2 * part_ml;        // [n_blocks + n_units][rows of a unit]: maximum (of base 2) and sum
+
+    int64_t nb_q1;
+    int64_t nb_q2;
+
+    int n_head_kv;
+    int n_gqa;
+    int n_rows;              // n_gqa*n_tokens, the queries of a head: token by token, and within a token head by head
+    int n_row_blocks;
+
+    float scale;
+    float logit_softcap;     // 0 - none
+};
+
+// WM warps share a tile, each has 16 rows of queries. WC such groups work on tiles of their own
+template <ggml_type type_, int D_, int WM_, int WC_, int TILE_, int STAGES_>
+struct fattn_ragged_config {
+    static constexpr ggml_type type   = type_;
+    static constexpr int       D      = D_;
+    static constexpr int       WM     = WM_;
+    static constexpr int       WC     = WC_;
+    static constexpr int       TILE   = TILE_;   // cells
+    static constexpr int       STAGES = STAGES_; // tiles in flight, the one that is computed included
+
+    static constexpr int N_THREADS = WM*WC*WARP_SIZE;
+    static constexpr int ROWS      = WM*16;
+
+    static constexpr bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+
+    static constexpr int NC = D/8; // 16 byte chunks of a row of 16 bit numbers
+
+    static constexpr int ROW_BYTES  = row_bytes(type, D);
+    static constexpr int TILE_BYTES = TILE*D*2; // of K or V, 16 bit
+
+    // a stage holds K, then V, quantised ones as they are in memory: from the 16 byte boundary before the first row on
+    static constexpr int STAGE_BYTES_KV = quantized ? (TILE*ROW_BYTES + 16 + 15)/16*16 : TILE_BYTES;
+    static constexpr int STAGE_BYTES    = 2*STAGE_BYTES_KV;
+
+    static constexpr int GROUP_BYTES = STAGES*STAGE_BYTES + (quantized ? 2*TILE_BYTES : 0);
+    static constexpr int MERGE_BYTES = WC == 1 ? 0 : WC*16*(D + 2)*(int) sizeof(float);
+    static constexpr int SMEM_BYTES  = WC*GROUP_BYTES > MERGE_BYTES ? WC*GROUP_BYTES : MERGE_BYTES;
+
+    // chunks are permuted within a row, so that ldmatrix finds the same chunk of 8 rows in different banks
+    static __device__ __forceinline__ int chunk_offset(const int row, const int chunk) {
+        constexpr int tail = NC%8;
+        const int     mask = tail != 0 && chunk >= NC - tail ? tail - 1 : 7;
+        return (row*NC + (chunk ^ (row & mask)))*16;
+    }
+};
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+#define RAGGED_AVAILABLE
+#endif
+
+#if defined(RAGGED_AVAILABLE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
+#define RAGGED_DEVICE_CODE
+#endif
+
+#ifdef RAGGED_DEVICE_CODE
+
+// src_size < 16: the rest is filled with zeros
+static __device__ __forceinline__ void cp_async_16(const uint32_t dst, const char * src, const int src_size) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" : : "r"(dst), "l"(src), "r"(src_size) : "memory");
+}
+
+static __device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+template <int n>
+static __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
+}
+
+static __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const uint32_t addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+
+static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const uint32_t addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+
+template <bool bf16>
+static __device__ __forceinline__ void mma_16x8x16(float c[4], const uint32_t a[4], const uint32_t b0, const uint32_t b1) {
+    if constexpr (bf16) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+static __device__ __forceinline__ uint32_t pack_f16(const float x, const float y) {
+    const half2 h = __floats2half2_rn(x, y);
+    return *(const uint32_t *) &h;
+}
+
+static __device__ __forceinline__ uint32_t pack_bf16(const float x, const float y) {
+    const nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+    return *(const uint32_t *) &h;
+}
+
+// bf16 has few bits: a second number takes what the first one leaves
+static __device__ __forceinline__ uint32_t pack_bf16_rest(const float x, const float y, const uint32_t hi) {
+    return pack_bf16(x - __uint_as_float(hi << 16), y - __uint_as_float(hi & 0xFFFF0000));
+}
+
+// warps of a group wait for each other
+template <int WM>
+static __device__ __forceinline__ void group_sync(const int group) {
+    if constexpr (WM == 1) {
+        __syncwarp();
+    } else {
+        asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "n"(WM*WARP_SIZE) : "memory");
+    }
+}
+
+// start to load the rows [row, row + TILE) of K or V, n_valid of which exist
+template <typename C>
+static __device__ __forceinline__ void load_tile(
+        const uint32_t dst, const char * base, const int64_t row, const int n_valid, const int tid) {
+    constexpr int n_threads = C::WM*WARP_SIZE;
+
+    if constexpr (C::quantized) {
+        const char * src    = base + row*C::ROW_BYTES;
+        const int    offset = (uintptr_t) src & 15;
+        const int    size   = offset + n_valid*C::ROW_BYTES;
+
+        for (int i = 16*tid; i < size; i += 16*n_threads) {
+            cp_async_16(dst + i, src - offset + i, min(size - i, 16));
+        }
+    } else {
+        constexpr int n_chunks = C::TILE*C::NC;
+
+        // the rows that a thread copies differ by a multiple of 8: their permutation is the same
+        if (n_threads/C::NC % 8 == 0 && n_threads % C::NC == 0 && n_valid == C::TILE) {
+            const char   * src   = base + row*C::ROW_BYTES + tid*16;
+            const uint32_t dst_0 = dst + C::chunk_offset(tid / C::NC, tid % C::NC);
+#pragma unroll
+            for (int i0 = 0; i0 < n_chunks; i0 += n_threads) {
+                cp_async_16(dst_0 + i0*16, src + i0*16, 16);
+            }
+            return;
+        }
+
+#pragma unroll
+        for (int i0 = 0; i0 < n_chunks; i0 += n_threads) {
+            const int i = i0 + tid;
+            if (n_chunks % n_threads != 0 && i >= n_chunks) {
+                break;
+            }
+            const int r = i / C::NC;
+            const int c = i % C::NC;
+
+            // an address outside would be read from, even with nothing to be copied
+            const int64_t row_src = row + min(r, n_valid - 1);
+            cp_async_16(dst + C::chunk_offset(r, c), base + row_src*C::ROW_BYTES + c*16, r < n_valid ? 16 : 0);
+        }
+    }
+}
+
+template <typename C>
+static __device__ __forceinline__ void dequantize_tile(
+        char * dst, const char * src, const char * base, const int64_t row, const int n_valid, const int tid) {
+    constexpr int n_threads = C::WM*WARP_SIZE;
+
+    src += (uintptr_t) (base + row*C::ROW_BYTES) & 15;
+
+#pragma unroll 2
+    for (int i = tid; i < C::TILE*C::NC; i += n_threads) {
+        const int r = i / C::NC;
+        const int c = i % C::NC;
+
+        half2 res[4] = {};
+        if (r < n_valid) {
+            const half2 d = __half2half2(load_chunk_quantized<C::type>(src + r*C::ROW_BYTES, c, res));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                res[j] = __hmul2(d, res[j]);
+            }
+        }
+        *(uint4 *) (dst + C::chunk_offset(r, c)) = *(const uint4 *) res;
+    }
+}
+
+#endif // RAGGED_DEVICE_CODE
+
+template <typename C>
+__launch_bounds__(C::N_THREADS)
+static __global__ void fattn_ragged(const fattn_ragged_args args) {
+#ifdef RAGGED_DEVICE_CODE
+    constexpr int  D      = C::D;
+    constexpr int  TILE   = C::TILE;
+    constexpr int  STAGES = C::STAGES;
+    constexpr bool bf16   = C::type == GGML_TYPE_BF16;
+
+    extern __shared__ __align__(128) char smem[];
+
+    __shared__ int2 segs[RAGGED_MAX_HEADS];
+
+    const int lane = threadIdx.x % WARP_SIZE;
+    const int warp = threadIdx.x / WARP_SIZE;
+    const int wm   = warp % C::WM;
+    const int wc   = warp / C::WM;
+    const int tid  = wm*WARP_SIZE + lane; // in the group
+
+    // the place of a thread in the fragments of a matrix
+    const int fr = lane / 4;
+    const int fc = lane % 4 * 2;
+
+    char * const   stages   = smem + wc*C::GROUP_BYTES;
+    char * const   tile_f16 = stages + STAGES*C::STAGE_BYTES; // quantised types only
+    const uint32_t stages_s = __cvta_generic_to_shared(stages);
+
+    const tile_shares shares(load_segs(segs, args.segs, args.n_head_kv, args.n_row_blocks, TILE), gridDim.x);
+
+    const int t_begin = shares.first(blockIdx.x);
+    const int t_end   = shares.first(blockIdx.x + 1);
+
+    int t_head = 0; // first tile of the head
+    for (int h = 0; h < args.n_head_kv && t_head < t_end; ++h) {
+        const int64_t row0    = segs[h].x;
+        const int     n_cells = segs[h].y;
+        const int     n_tiles = n_tiles_of(n_cells, TILE);
+
+        const int t_head_end = t_head + args.n_row_blocks*n_tiles;
+        if (t_head_end <= t_begin) {
+            t_head = t_head_end;
+            continue;
+        }
+
+        for (int rb = max(t_begin - t_head, 0)/n_tiles; rb < args.n_row_blocks; ++rb) {
+            const int t_unit = t_head + rb*n_tiles;
+            if (t_unit >= t_end) {
+                break;
+            }
+            const int lo = max(t_begin - t_unit, 0);
+            const int hi = min(t_end   - t_unit, n_tiles);
+
+            const int n_mine = hi - lo > wc ? (hi - lo - wc + C::WC - 1)/C::WC : 0; // tiles of the group
+
+            const auto load = [&](const int i) {
+                if (i < n_mine) {
+                    const int      cell    = (lo + wc + i*C::WC)*TILE;
+                    const int      n_valid = min(TILE, n_cells - cell);
+                    const uint32_t dst     = stages_s + i%STAGES*C::STAGE_BYTES;
+
+                    load_tile<C>(dst,                     args.k, row0 + cell, n_valid, tid);
+                    load_tile<C>(dst + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, tid);
+                }
+                cp_async_commit();
+            };
+
+#pragma unroll
+            for (int i = 0; i < STAGES - 1; ++i) {
+                load(i);
+            }
+
+            // the rows of the warp
+            const int  r0     = rb*C::ROWS + wm*16;
+            const bool active = r0 < args.n_rows;
+
+            const float q_scale = args.logit_softcap == 0.0f ? args.scale*LOG2E : args.scale/args.logit_softcap;
+
+            const auto q_row = [&](const int r) {
+                return r >= args.n_rows ? nullptr :
+                    (const float *) (args.q + r/args.n_gqa*args.nb_q2 + (h*args.n_gqa + r%args.n_gqa)*args.nb_q1);
+            };
+            const auto load_q = [&](const float * row, const int col) {
+                float2 res = row ? *(const float2 *) (row + col) : make_float2(0.0f, 0.0f);
+                res.x *= q_scale;
+                res.y *= q_scale;
+                return res;
+            };
+
+            uint32_t q_frag[D/16][4];
+            uint32_t q_rest[bf16 ? D/16 : 1][4];
+            {
+                const float * rows[2] = { q_row(r0 + fr), q_row(r0 + fr + 8) };
+#pragma unroll
+                for (int ks = 0; ks < D/16; ++ks) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float2   f  = load_q(rows[i%2], ks*16 + i/2*8 + fc);
+                        const uint32_t hi = bf16 ? pack_bf16(f.x, f.y) : pack_f16(f.x, f.y);
+
+                        q_frag[ks][i] = hi;
+                        if constexpr (bf16) {
+                            q_rest[ks][i] = pack_bf16_rest(f.x, f.y, hi);
+                        }
+                    }
+                }
+            }
+
+            // the cells that the queries see, and those that all queries of the warp do
+            int n_seen[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                n_seen[j] = n_cells - args.n_hidden[min(r0 + fr + 8*j, args.n_rows - 1)/args.n_gqa];
+            }
+            const int n_seen_all = __reduce_min_sync(0xFFFFFFFF, min(n_seen[0], n_seen[1]));
+
+            float o[D/8][4] = {};
+            float m[2] = { -INFINITY, -INFINITY };
+            float l[2] = { 0.0f, 0.0f };
+
+            for (int i = 0; i < n_mine; ++i) {
+                cp_async_wait<STAGES - 2>();
+                group_sync<C::WM>(wc);
+
+                const int cell = (lo + wc + i*C::WC)*TILE;
+
+                char * kv = stages + i%STAGES*C::STAGE_BYTES;
+
+                if constexpr (C::quantized) {
+                    const int n_valid = min(TILE, n_cells - cell);
+
+                    dequantize_tile<C>(tile_f16,                 kv,                     args.k, row0 + cell, n_valid, tid);
+                    dequantize_tile<C>(tile_f16 + C::TILE_BYTES, kv + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, tid);
+                    group_sync<C::WM>(wc);
+                    kv = tile_f16;
+                }
+
+                load(i + STAGES - 1);
+
+                if (!active) {
+                    continue;
+                }
+
+                const uint32_t k_s = __cvta_generic_to_shared(kv);
+                const uint32_t v_s = k_s + (C::quantized ? C::TILE_BYTES : C::STAGE_BYTES_KV);
+
+                // s = q k^T
+                float s[TILE/8][4] = {};
+                {
+                    const int row = lane%8 + lane/16*8;
+                    const int col = lane/8%2;
+#pragma unroll
+                    for (int ks = 0; ks < D/16; ++ks) {
+#pragma unroll
+                        for (int nt = 0; nt < TILE/16; ++nt) {
+                            uint32_t b[4];
+                            ldmatrix_x4(b, k_s + C::chunk_offset(nt*16 + row, ks*2 + col));
+                            mma_16x8x16<bf16>(s[2*nt + 0], q_frag[ks], b[0], b[1]);
+                            mma_16x8x16<bf16>(s[2*nt + 1], q_frag[ks], b[2], b[3]);
+                            if constexpr (bf16) {
+                                mma_16x8x16<bf16>(s[2*nt + 0], q_rest[ks], b[0], b[1]);
+                                mma_16x8x16<bf16>(s[2*nt + 1], q_rest[ks], b[2], b[3]);
+                            }
+                        }
+                    }
+                }
+
+                if (args.logit_softcap != 0.0f) {
+#pragma unroll
+                    for (int nt = 0; nt < TILE/8; ++nt) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            s[nt][j] = args.logit_softcap*LOG2E*tanhf(s[nt][j]);
+                        }
+                    }
+                }
+
+                if (cell + TILE > n_seen_all) {
+#pragma unroll
+                    for (int nt = 0; nt < TILE/8; ++nt) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            if (cell + nt*8 + fc + j%2 >= n_seen[j/2]) {
+                                s[nt][j] = -INFINITY;
+                            }
+                        }
+                    }
+                }
+
+                // p = 2^(s - m)
+                float alpha[2];
+                bool  rescale = false;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float m_new = m[j];
+#pragma unroll
+                    for (int nt = 0; nt < TILE/8; ++nt) {
+                        m_new = fmaxf(m_new, fmaxf(s[nt][2*j + 0], s[nt][2*j + 1]));
+                    }
+                    m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 1));
+                    m_new = fmaxf(m_new, __shfl_xor_sync(0xFFFFFFFF, m_new, 2));
+
+                    const float m_sub = m_new == -INFINITY ? 0.0f : m_new;
+
+                    rescale  = rescale || m_new != m[j];
+                    alpha[j] = exp2f(m[j] - m_sub);
+                    m[j]     = m_new;
+                    l[j]    *= alpha[j];
+#pragma unroll
+                    for (int nt = 0; nt < TILE/8; ++nt) {
+#pragma unroll
+                        for (int jj = 0; jj < 2; ++jj) {
+                            s[nt][2*j + jj] = exp2f(s[nt][2*j + jj] - m_sub);
+                            l[j] += s[nt][2*j + jj];
+                        }
+                    }
+                }
+
+                if (__any_sync(0xFFFFFFFF, rescale)) {
+#pragma unroll
+                    for (int nt = 0; nt < D/8; ++nt) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            o[nt][j] *= alpha[j/2];
+                        }
+                    }
+                }
+
+                // o += p v
+                {
+                    const int row = lane%8 + lane/8%2*8;
+                    const int col = lane/16;
+#pragma unroll
+                    for (int ks = 0; ks < TILE/16; ++ks) {
+                        uint32_t p_frag[4];
+                        uint32_t p_rest[4];
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            const float x = s[2*ks + j/2][j%2*2 + 0];
+                            const float y = s[2*ks + j/2][j%2*2 + 1];
+
+                            p_frag[j] = bf16 ? pack_bf16(x, y) : pack_f16(x, y);
+                            if constexpr (bf16) {
+                                p_rest[j] = pack_bf16_rest(x, y, p_frag[j]);
+                            }
+                        }
+#pragma unroll
+                        for (int nt = 0; nt < D/16; ++nt) {
+                            uint32_t b[4];
+                            ldmatrix_x4_trans(b, v_s + C::chunk_offset(ks*16 + row, nt*2 + col));
+                            mma_16x8x16<bf16>(o[2*nt + 0], p_frag, b[0], b[1]);
+                            mma_16x8x16<bf16>(o[2*nt + 1], p_frag, b[2], b[3]);
+                            if constexpr (bf16) {
+                                mma_16x8x16<bf16>(o[2*nt + 0], p_rest, b[0], b[1]);
+                                mma_16x8x16<bf16>(o[2*nt + 1], p_rest, b[2], b[3]);
+                            }
+                        }
+                    }
+                }
+            }
+
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                l[j] += __shfl_xor_sync(0xFFFFFFFF, l[j], 1);
+                l[j] += __shfl_xor_sync(0xFFFFFFFF, l[j], 2);
+            }
+
+            const int64_t slot    = blockIdx.x + h*args.n_row_blocks + rb;
+            float  *      part_o  = args.part_o  + slot*C::ROWS*D;
+            float2 *      part_ml = args.part_ml + slot*C::ROWS;
+
+            cp_async_wait<0>();
+            __syncthreads(); // the stages are free
+
+            if constexpr (C::WC == 1) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int r = wm*16 + fr + 8*j;
+                    if (rb*C::ROWS + r >= args.n_rows) {
+                        continue;
+                    }
+#pragma unroll
+                    for (int nt = 0; nt < D/8; ++nt) {
+                        *(float2 *) (part_o + r*D + nt*8 + fc) = make_float2(o[nt][2*j + 0], o[nt][2*j + 1]);
+                    }
+                    if (fc == 0) {
+                        part_ml[r] = make_float2(m[j], l[j]);
+                    }
+                }
+            } else {
+                static_assert(C::WM == 1, "bad config");
+
+                const int n_rows = min(args.n_rows - r0, 16);
+
+                float * sm_m = (float *) smem;     // [WC][16]
+                float * sm_l = sm_m + C::WC*16;    // [WC][16]
+                float * sm_o = sm_l + C::WC*16;    // [WC][16][D]
+
+                if (fc == 0) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        sm_m[wc*16 + fr + 8*j] = m[j];
+                        sm_l[wc*16 + fr + 8*j] = l[j];
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int r = fr + 8*j;
+                    if (r < n_rows) {
+#pragma unroll
+                        for (int nt = 0; nt < D/8; ++nt) {
+                            *(float2 *) (sm_o + (wc*16 + r)*D + nt*8 + fc) = make_float2(o[nt][2*j + 0], o[nt][2*j + 1]);
+                        }
+                    }
+                }
+                __syncthreads();
+
+                for (int i = threadIdx.x; i < n_rows*D; i += C::N_THREADS) {
+                    const int r = i / D;
+
+                    float m_all = -INFINITY;
+#pragma unroll
+                    for (int w = 0; w < C::WC; ++w) {
+                        m_all = fmaxf(m_all, sm_m[w*16 + r]);
+                    }
+                    const float m_sub = m_all == -INFINITY ? 0.0f : m_all;
+
+                    float o_all = 0.0f;
+                    float l_all = 0.0f;
+#pragma unroll
+                    for (int w = 0; w < C::WC; ++w) {
+                        const float weight = exp2f(sm_m[w*16 + r] - m_sub);
+                        o_all += weight*sm_o[w*16*D + i];
+                        l_all += weight*sm_l[w*16 + r];
+                    }
+
+                    part_o[i] = o_all;
+                    if (i % D == 0) {
+                        part_ml[r] = make_float2(m_all, l_all);
+                    }
+                }
+            }
+            __syncthreads(); // before the next unit writes to the stages
+        }
+
+        t_head = t_head_end;
+    }
+#else
+    GGML_UNUSED(args);
+    NO_DEVICE_CODE;
+#endif // RAGGED_DEVICE_CODE
+}
+
+// the partial results of a unit
+struct unit_parts {
+    tile_shares shares;
+
+    int n      = 0;
+    int block0 = 0;
+    int slot0  = 0;
+
+    // segs: shared memory
+    __device__ __forceinline__ unit_parts(
+            const fattn_ragged_args & args, const int tile_size, const int n_blocks, const int h, const int rb, int2 * segs) :
+        shares(load_segs(segs, args.segs, args.n_head_kv, args.n_row_blocks, tile_size), n_blocks) {
+        const int n_tiles = n_tiles_of(segs[h].y, tile_size);
+        if (n_tiles == 0) {
+            return;
+        }
+
+        int t0 = 0;
+        for (int i = 0; i < h; ++i) {
+            t0 += n_tiles_of(segs[i].y, tile_size);
+        }
+        t0 = t0*args.n_row_blocks + rb*n_tiles;
+
+        block0 = shares.block(t0);
+        n      = shares.block(t0 + n_tiles - 1) - block0 + 1;
+        slot0  = block0 + h*args.n_row_blocks + rb;
+    }
+
+    __device__ __forceinline__ float2 load_ml(const fattn_ragged_args & args, const int i, const int n_rows_unit, const int r) const {
+        // with few tiles some blocks have none
+        return shares.empty(block0 + i) ? make_float2(-INFINITY, 0.0f) : args.part_ml[(slot0 + i)*n_rows_unit + r%n_rows_unit];
+    }
+};
+
+static constexpr int COMBINE_THREADS = 256;
+
+// few queries, many partial results: one block for each head, token and WIDTH columns
+template <int D, int WIDTH>
+__launch_bounds__(COMBINE_THREADS)
+static __global__ void fattn_ragged_combine_parts(
+        const fattn_ragged_args args,
+        float       * dst,     // [D, n_head, n_tokens]
+        const float * sinks,   // [n_head], or nullptr
+        const int     n_blocks,
+        const int     n_rows_unit,
+        const int     tile_size) {
+    extern __shared__ float weights[]; // [n_blocks]
+
+    __shared__ int2  segs[RAGGED_MAX_HEADS];
+    __shared__ float acc[COMBINE_THREADS];
+
+    const int h    = blockIdx.x / args.n_rows;
+    const int r    = blockIdx.x % args.n_rows;
+    const int head = h*args.n_gqa + r%args.n_gqa;
+
+    const unit_parts parts(args, tile_size, n_blocks, h, r/n_rows_unit, segs);
+
+    const float sink = sinks ? sinks[head]*LOG2E : -INFINITY;
+
+    // each warp finds the maximum and the sum of all
+    float m = sink;
+    for (int i = threadIdx.x % WARP_SIZE; i < parts.n; i += WARP_SIZE) {
+        m = fmaxf(m, parts.load_ml(args, i, n_rows_unit, r).x);
+    }
+    m = warp_reduce_max(m);
+
+    float l = 0.0f;
+    for (int i = threadIdx.x % WARP_SIZE; i < parts.n; i += WARP_SIZE) {
+        const float2 ml = parts.load_ml(args, i, n_rows_unit, r);
+        const float  w  = ml.x == -INFINITY ? 0.0f : exp2f(ml.x - m);
+
+        weights[i] = w; // the same from all warps
+        l += w*ml.y;
+    }
+    l = warp_reduce_sum(l);
+    if (sinks) {
+        l += exp2f(sink - m);
+    }
+    __syncthreads();
+
+    constexpr int n_groups = COMBINE_THREADS/WIDTH;
+
+    const int d = blockIdx.y*WIDTH + threadIdx.x%WIDTH;
+
+    const float * part_o = args.part_o + ((int64_t) parts.slot0*n_rows_unit + r%n_rows_unit)*D + d;
+
+    float o = 0.0f;
+#pragma unroll 8
+    for (int i = threadIdx.x/WIDTH; i < parts.n; i += n_groups) {
+        const float w = weights[i];
+        const float x = part_o[(int64_t) i*n_rows_unit*D];
+        o += w == 0.0f ? 0.0f : w*x; // what was not written may be NaN
+    }
+    acc[threadIdx.x] = o;
+    __syncthreads();
+
+    if (threadIdx.x < WIDTH) {
+#pragma unroll
+        for (int g = 1; g < n_groups; ++g) {
+            o += acc[g*WIDTH + threadIdx.x];
+        }
+        dst[((int64_t) r/args.n_gqa*args.n_head_kv*args.n_gqa + head)*D + d] = l > 0.0f ? o/l : 0.0f;
+    }
+}
+
+// many queries, few partial results: one warp for each head and token
+template <int D>
+__launch_bounds__(COMBINE_THREADS)
+static __global__ void fattn_ragged_combine_rows(
+        const fattn_ragged_args args,
+        float       * dst,
+        const float * sinks,
+        const int     n_blocks,
+        const int     n_rows_unit,
+        const int     tile_size) {
+    __shared__ int2 segs[RAGGED_MAX_HEADS];
+
+    // the rows of a block belong to one unit
+    const int h  = blockIdx.y;
+    const int r  = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) + threadIdx.x/WARP_SIZE;
+    const int rb = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) / n_rows_unit;
+
+    const unit_parts parts(args, tile_size, n_blocks, h, rb, segs);
+
+    if (r >= args.n_rows) {
+        return;
+    }
+
+    const int   lane = threadIdx.x % WARP_SIZE;
+    const int   head = h*args.n_gqa + r%args.n_gqa;
+    const float sink = sinks ? sinks[head]*LOG2E : -INFINITY;
+
+    float m = sink;
+    for (int i = lane; i < parts.n; i += WARP_SIZE) {
+        m = fmaxf(m, parts.load_ml(args, i, n_rows_unit, r).x);
+    }
+    m = warp_reduce_max(m);
+
+    constexpr int N = (D/2 + WARP_SIZE - 1)/WARP_SIZE;
+
+    float2 o[N] = {};
+    float  l    = sinks ? exp2f(sink - m) : 0.0f;
+
+    for (int i = 0; i < parts.n; ++i) {
+        const float2 ml = parts.load_ml(args, i, n_rows_unit, r);
+        if (ml.x == -INFINITY) {
+            continue;
+        }
+        const float w = exp2f(ml.x - m);
+        l += w*ml.y;
+
+        const float2 * part_o = (const float2 *) (args.part_o + ((int64_t) (parts.slot0 + i)*n_rows_unit + r%n_rows_unit)*D);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int d = j*WARP_SIZE + lane;
+            if (D/2 % WARP_SIZE == 0 || d < D/2) {
+                const float2 x = part_o[d];
+                o[j].x += w*x.x;
+                o[j].y += w*x.y;
+            }
+        }
+    }
+
+    const float inv = l > 0.0f ? 1.0f/l : 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const int d = j*WARP_SIZE + lane;
+        if (D/2 % WARP_SIZE == 0 || d < D/2) {
+            ((float2 *) (dst + ((int64_t) r/args.n_gqa*args.n_head_kv*args.n_gqa + head)*D))[d] = make_float2(inv*o[j].x, inv*o[j].y);
+        }
+    }
+}
+
+// blocks that the device runs at a time
+static int n_blocks_resident(const void * kernel, const int n_threads, const int smem_bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void *>, int> cache;
+
+    const int device = ggml_cuda_get_device();
+
+    std::lock_guard<std::mutex> lock(mutex);
+
+    int & res = cache[{ device, kernel }];
+    if (res == 0) {
+        if (smem_bytes > 0) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+        }
+        int n = 0;
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, n_threads, smem_bytes));
+        GGML_ASSERT(n > 0);
+        res = n*ggml_cuda_info().devices[device].nsm;
+    }
+    return res;
+}
+
+template <typename C>
+static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_ragged_args args) {
+    args.n_row_blocks = (args.n_rows + C::ROWS - 1)/C::ROWS;
+
+    const void * kernel   = (const void *) fattn_ragged<C>;
+    const int    n_blocks = n_blocks_resident(kernel, C::N_THREADS, C::SMEM_BYTES);
+    const size_t n_parts  = size_t(n_blocks + args.n_head_kv*args.n_row_blocks)*C::ROWS;
+
+    ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_parts*C::D);
+    ggml_cuda_pool_alloc<float2> part_ml(ctx.pool(), n_parts);
+
+    args.part_o  = part_o.get();
+    args.part_ml = part_ml.get();
+
+    fattn_ragged<C><<<n_blocks, C::N_THREADS, C::SMEM_BYTES, ctx.stream()>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+
+    const float * sinks = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
+
+    if constexpr (C::WM == 1) {
+        constexpr int WIDTH = C::D % 32 == 0 ? 32 : 16;
+
+        const dim3 grid(args.n_head_kv*args.n_rows, C::D/WIDTH);
+        fattn_ragged_combine_parts<C::D, WIDTH><<<grid, COMBINE_THREADS, n_blocks*sizeof(float), ctx.stream()>>>(
+                args, (float *) dst->data, sinks, n_blocks, C::ROWS, C::TILE);
+    } else {
+        constexpr int rows_block = COMBINE_THREADS/WARP_SIZE;
+        static_assert(C::ROWS % rows_block == 0, "bad config");
+
+        const dim3 grid((args.n_rows + rows_block - 1)/rows_block, args.n_head_kv);
+        fattn_ragged_combine_rows<C::D><<<grid, COMBINE_THREADS, 0, ctx.stream()>>>(
+                args, (float *) dst->data, sinks, n_blocks, C::ROWS, C::TILE);
+    }
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <ggml_type type, int D>
+static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_ragged_args & args) {
+    if (args.n_rows <= 16) {
+        // 96 KiB of shared memory, which every device since Ampere has
+        constexpr int WC   = D > 128 ? 2 : 4;
+        constexpr int TILE = D > 64 ? 16 : 32;
+
+        launch_fattn_ragged<fattn_ragged_config<type, D, 1, WC, TILE, 3>>(ctx, dst, args);
+    } else {
+        constexpr int TILE = D > 128 ? 32 : 64;
+
+        launch_fattn_ragged<fattn_ragged_config<type, D, 8, 1, TILE, 2>>(ctx, dst, args);
+    }
+}
+
+template <ggml_type type>
+static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_ragged_args & args) {
+    switch (dst->src[1]->ne[0]) {
+        case  64: launch_fattn_ragged<type,  64>(ctx, dst, args); break;
+        case  96: launch_fattn_ragged<type,  96>(ctx, dst, args); break;
+        case 128: launch_fattn_ragged<type, 128>(ctx, dst, args); break;
+        case 256: launch_fattn_ragged<type, 256>(ctx, dst, args); break;
+        case  80:
+            if constexpr (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16) {
+                launch_fattn_ragged<type, 80>(ctx, dst, args);
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+#ifdef RAGGED_AVAILABLE
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * v    = dst->src[2];
+    const ggml_tensor * segs = dst->src[3];
+
+    fattn_ragged_args args = {};
+
+    args.q       = (const char *)    q->data;
+    args.k       = (const char *)    k->data;
+    args.v       = (const char *)    v->data;
+    args.segs    = (const int32_t *) segs->data;
+    args.n_hidden = (const int32_t *) dst->src[4]->data;
+    args.nb_q1   = q->nb[1];
+    args.nb_q2   = q->nb[2];
+
+    args.n_head_kv = segs->ne[1];
+    args.n_gqa     = q->ne[1]/segs->ne[1];
+    args.n_rows    = args.n_gqa*q->ne[2];
+
+    args.scale         = ggml_get_op_params_f32(dst, 0);
+    args.logit_softcap = ggml_get_op_params_f32(dst, 1);
+
+    // with many queries a tile would be dequantised again and again
+    ggml_cuda_pool_alloc<half> k_f16(ctx.pool());
+    ggml_cuda_pool_alloc<half> v_f16(ctx.pool());
+
+    ggml_type type = k->type;
+    if (ggml_is_quantized(type) && args.n_rows > FATTN_CONVERT_ROWS) {
+        const to_fp16_cuda_t to_fp16 = ggml_get_to_fp16_cuda(type);
+
+        to_fp16(k->data, k_f16.alloc(ggml_nelements(k)), ggml_nelements(k), ctx.stream());
+        to_fp16(v->data, v_f16.alloc(ggml_nelements(v)), ggml_nelements(v), ctx.stream());
+
+        args.k = (const char *) k_f16.get();
+        args.v = (const char *) v_f16.get();
+
+        type = GGML_TYPE_F16;
+    }
+
+    switch (type) {
+        case GGML_TYPE_F16:  launch_fattn_ragged<GGML_TYPE_F16> (ctx, dst, args); break;
+        case GGML_TYPE_BF16: launch_fattn_ragged<GGML_TYPE_BF16>(ctx, dst, args); break;
+        case GGML_TYPE_Q8_0: launch_fattn_ragged<GGML_TYPE_Q8_0>(ctx, dst, args); break;
+        case GGML_TYPE_Q4_0: launch_fattn_ragged<GGML_TYPE_Q4_0>(ctx, dst, args); break;
+        default: GGML_ABORT("fatal error");
+    }
+#else
+    GGML_UNUSED_VARS(ctx, dst);
+    GGML_ABORT("not available");
+#endif // RAGGED_AVAILABLE
+}
+
+//
+// KeyDiff
+//
+
+// 8 threads per row
+static constexpr int KEYDIFF_THREADS = 256;
+static constexpr int KEYDIFF_TILE    = 64;
+
+struct keydiff_args {
+    const char    * k;
+    const int32_t * segs;
+
+    float * part;   // [n_blocks + n_head_kv][D]: sums of normalised keys
+    float * anchor; // [n_head_kv][D]
+    float * scores; // [n_rows]
+
+    int n_head_kv;
+};
+
+// calls f(head, row, number of rows) for the parts of the heads that the block has
+template <typename F>
+static __device__ __forceinline__ void for_each_part(const int2 * segs, const int n_tiles_all, const int n_head_kv, const F & f) {
+    const tile_shares shares(n_tiles_all, gridDim.x);
+
+    const int t_begin = shares.first(blockIdx.x);
+    const int t_end   = shares.first(blockIdx.x + 1);
+
+    int t = 0;
+    for (int h = 0; h < n_head_kv && t < t_end; ++h) {
+        const int n_tiles = n_tiles_of(segs[h].y, KEYDIFF_TILE);
+        const int lo      = max(t_begin - t, 0);
+        const int hi      = min(t_end   - t, n_tiles);
+
+        if (lo < hi) {
+            const int cell = lo*KEYDIFF_TILE;
+            f(h, (int64_t) segs[h].x + cell, min(hi*KEYDIFF_TILE, segs[h].y) - cell);
+        }
+        t += n_tiles;
+    }
+}
+
+template <int n_threads>
+static __device__ __forceinline__ float sum_threads(float x) {
+#pragma unroll
+    for (int i = 1; i < n_threads; i *= 2) {
+        x += __shfl_xor_sync(0xFFFFFFFF, x, i, WARP_SIZE);
+    }
+    return x;
+}
+
+// a row, and the inverse of its length
+template <ggml_type type, int D>
+static __device__ __forceinline__ float load_row(const char * row, const int sub, float res[][8]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < (D/8 + 7)/8; ++j) {
+        if (8*j + sub < D/8) {
+            load_chunk_f32<type>(row, 8*j + sub, res[j]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                res[j][i] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            sum += res[j][i]*res[j][i];
+        }
+    }
+    sum = sum_threads<8>(sum);
+    return sum > 0.0f ? rsqrtf(sum) : 0.0f;
+}
+
+template <ggml_type type, int D>
+__launch_bounds__(KEYDIFF_THREADS)
+static __global__ void keydiff_sum(const keydiff_args args) {
+    constexpr int NJ = (D/8 + 7)/8;
+
+    __shared__ int2  segs[RAGGED_MAX_HEADS];
+    __shared__ float sums[KEYDIFF_THREADS/WARP_SIZE][D];
+
+    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+
+    const int sub  = threadIdx.x % 8;
+    const int slot = threadIdx.x / 8;
+    const int warp = threadIdx.x / WARP_SIZE;
+
+    for_each_part(segs, n_tiles_all, args.n_head_kv, [&](const int h, const int64_t row, const int n) {
+        float acc[NJ][8] = {};
+
+        // all threads of a warp take part in the sums
+        for (int i0 = 0; i0 < n; i0 += KEYDIFF_THREADS/8) {
+            const int i = i0 + slot;
+
+            float       k[NJ][8];
+            const float inv = load_row<type, D>(args.k + (row + min(i, n - 1))*row_bytes(type, D), sub, k) * (i < n ? 1.0f : 0.0f);
+#pragma unroll
+            for (int j = 0; j < NJ; ++j) {
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    acc[j][c] += inv*k[j][c];
+                }
+            }
+        }
+
+#pragma unroll
+        for (int j = 0; j < NJ; ++j) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                float x = acc[j][c];
+                x += __shfl_xor_sync(0xFFFFFFFF, x,  8, WARP_SIZE);
+                x += __shfl_xor_sync(0xFFFFFFFF, x, 16, WARP_SIZE);
+                if (threadIdx.x % WARP_SIZE < 8 && 8*j + sub < D/8) {
+                    sums[warp][(8*j + sub)*8 + c] = x;
+                }
+            }
+        }
+        __syncthreads();
+
+        for (int d = threadIdx.x; d < D; d += KEYDIFF_THREADS) {
+            float x = 0.0f;
+#pragma unroll
+            for (int w = 0; w < KEYDIFF_THREADS/WARP_SIZE; ++w) {
+                x += sums[w][d];
+            }
+            args.part[(blockIdx.x + h)*D + d] = x;
+        }
+        __syncthreads();
+    });
+}
+
+// one block for each head
+template <int D>
+__launch_bounds__(KEYDIFF_THREADS)
+static __global__ void keydiff_anchor(const keydiff_args args, const int n_blocks) {
+    __shared__ int2  segs[RAGGED_MAX_HEADS];
+    __shared__ float warp_sums[KEYDIFF_THREADS/WARP_SIZE];
+
+    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+
+    const int h = blockIdx.x;
+
+    int t0 = 0;
+    for (int i = 0; i < h; ++i) {
+        t0 += n_tiles_of(segs[i].y, KEYDIFF_TILE);
+    }
+    const int t1 = t0 + n_tiles_of(segs[h].y, KEYDIFF_TILE);
+
+    const tile_shares shares(n_tiles_all, n_blocks);
+
+    float x = 0.0f;
+    if (threadIdx.x < D && t0 < t1) {
+        const int b1 = shares.block(t1 - 1);
+        for (int b = shares.block(t0); b <= b1; ++b) {
+            if (!shares.empty(b)) {
+                x += args.part[(b + h)*D + threadIdx.x];
+            }
+        }
+    }
+
+    float sum = sum_threads<WARP_SIZE>(x*x);
+    if (threadIdx.x % WARP_SIZE == 0) {
+        warp_sums[threadIdx.x/WARP_SIZE] = sum;
+    }
+    __syncthreads();
+
+    sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < KEYDIFF_THREADS/WARP_SIZE; ++w) {
+        sum += warp_sums[w];
+    }
+    if (threadIdx.x < D) {
+        args.anchor[h*D + threadIdx.x] = sum > 0.0f ? x*rsqrtf(sum) : 0.0f;
+    }
+}
+
+template <ggml_type type, int D>
+__launch_bounds__(KEYDIFF_THREADS)
+static __global__ void keydiff_score(const keydiff_args args) {
+    constexpr int NJ = (D/8 + 7)/8;
+
+    __shared__ int2 segs[RAGGED_MAX_HEADS];
+
+    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+
+    const int sub  = threadIdx.x % 8;
+    const int slot = threadIdx.x / 8;
+
+    for_each_part(segs, n_tiles_all, args.n_head_kv, [&](const int h, const int64_t row, const int n) {
+        float anchor[NJ][8] = {};
+#pragma unroll
+        for (int j = 0; j < NJ; ++j) {
+            if (8*j + sub < D/8) {
+                load_chunk_f32<GGML_TYPE_F32>((const char *) (args.anchor + h*D), 8*j + sub, anchor[j]);
+            }
+        }
+
+        for (int i0 = 0; i0 < n; i0 += KEYDIFF_THREADS/8) {
+            const int i = i0 + slot;
+
+            float       k[NJ][8];
+            const float inv = load_row<type, D>(args.k + (row + min(i, n - 1))*row_bytes(type, D), sub, k);
+
+            float dot = 0.0f;
+#pragma unroll
+            for (int j = 0; j < NJ; ++j) {
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    dot += anchor[j][c]*k[j][c];
+                }
+            }
+            dot = sum_threads<8>(dot);
+
+            if (i < n && sub == 0) {
+                args.scores[row + i] = -inv*dot;
+            }
+        }
+    });
+}
+
+template <ggml_type type, int D>
+static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    keydiff_args args = {};
+
+    args.k         = (const char *)    dst->src[0]->data;
+    args.segs      = (const int32_t *) dst->src[1]->data;
+    args.scores    = (float *)         dst->data;
+    args.n_head_kv = dst->src[1]->ne[1];
+
+    const int n_blocks = n_blocks_resident((const void *) keydiff_sum<type, D>, KEYDIFF_THREADS, 0);
+
+    ggml_cuda_pool_alloc<float> part  (ctx.pool(), (n_blocks + args.n_head_kv)*D);
+    ggml_cuda_pool_alloc<float> anchor(ctx.pool(), args.n_head_kv*D);
+
+    args.part   = part.get();
+    args.anchor = anchor.get();
+
+    keydiff_sum<type, D><<<n_blocks, KEYDIFF_THREADS, 0, ctx.stream()>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+    keydiff_anchor<D><<<args.n_head_kv, KEYDIFF_THREADS, 0, ctx.stream()>>>(args, n_blocks);
+    CUDA_CHECK(cudaGetLastError());
+    keydiff_score<type, D><<<n_blocks, KEYDIFF_THREADS, 0, ctx.stream()>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <ggml_type type>
+static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[0]->ne[0]) {
+        case  64: launch_keydiff<type,  64>(ctx, dst); break;
+        case  96: launch_keydiff<type,  96>(ctx, dst); break;
+        case 128: launch_keydiff<type, 128>(ctx, dst); break;
+        case 256: launch_keydiff<type, 256>(ctx, dst); break;
+        case  80:
+            if constexpr (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
+                launch_keydiff<type, 80>(ctx, dst);
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+void ggml_cuda_keydiff_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[0]->type) {
+        case GGML_TYPE_F32:  launch_keydiff<GGML_TYPE_F32> (ctx, dst); break;
+        case GGML_TYPE_F16:  launch_keydiff<GGML_TYPE_F16> (ctx, dst); break;
+        case GGML_TYPE_BF16: launch_keydiff<GGML_TYPE_BF16>(ctx, dst); break;
+        case GGML_TYPE_Q8_0: launch_keydiff<GGML_TYPE_Q8_0>(ctx, dst); break;
+        case GGML_TYPE_Q4_0: launch_keydiff<GGML_TYPE_Q4_0>(ctx, dst); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+//
+// the smallest of each segment
+//
+
+static constexpr int BOTTOM_K_THREADS = 1024;
+static constexpr int BOTTOM_K_BITS    = 11; // per pass
+static constexpr int BOTTOM_K_UNROLL  = 4;
+
+// the order of the numbers as that of unsigned integers, NaN first
+static __device__ __forceinline__ uint32_t float_to_ordered(const float x) {
+    const uint32_t u = __float_as_uint(x);
+    return isnan(x) ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
+}
+
+static __device__ __forceinline__ uint32_t warp_prefix_sum(uint32_t x) { // x of this lane included
+#pragma unroll
+    for (int i = 1; i < WARP_SIZE; i *= 2) {
+        const uint32_t y = __shfl_up_sync(0xFFFFFFFF, x, i, WARP_SIZE);
+        if (threadIdx.x % WARP_SIZE >= i) {
+            x += y;
+        }
+    }
+    return x;
+}
+
+// one block for each segment: radix select
+__launch_bounds__(BOTTOM_K_THREADS)
+static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, int32_t * dst, const int k_max) {
+    constexpr int n_bins  = 1 << BOTTOM_K_BITS;
+    constexpr int n_warps = BOTTOM_K_THREADS/WARP_SIZE;
+    static_assert(n_warps == WARP_SIZE, "one lane for each warp");
+
+    __shared__ uint32_t hist[n_bins];
+    __shared__ uint32_t sums[2][n_warps];
+    __shared__ uint32_t sh_prefix;
+    __shared__ int      sh_rest;
+
+    const int tid  = threadIdx.x;
+    const int lane = tid % WARP_SIZE;
+    const int warp = tid / WARP_SIZE;
+
+    const int n = segs[3*blockIdx.x + 1];
+    const int k = min(segs[3*blockIdx.x + 2], n);
+
+    x   += segs[3*blockIdx.x];
+    dst += (int64_t) blockIdx.x*k_max;
+
+    for (int i = tid + k; i < k_max; i += BOTTOM_K_THREADS) {
+        dst[i] = -1;
+    }
+    if (k <= 0) {
+        return;
+    }
+
+    uint32_t prefix = 0; // first bits of the k-th smallest number
+    int      rest   = k; // how many of the numbers that begin with them
+
+    for (int end = 32; end > 0; end -= BOTTOM_K_BITS) {
+        const int shift = max(end - BOTTOM_K_BITS, 0);
+
+        for (int i = tid; i < n_bins; i += BOTTOM_K_THREADS) {
+            hist[i] = 0;
+        }
+        __syncthreads();
+
+        for (int i0 = 0; i0 < n; i0 += BOTTOM_K_UNROLL*BOTTOM_K_THREADS) {
+            float values[BOTTOM_K_UNROLL];
+#pragma unroll
+            for (int j = 0; j < BOTTOM_K_UNROLL; ++j) {
+                const int i = i0 + j*BOTTOM_K_THREADS + tid;
+                values[j] = i < n ? x[i] : 0.0f;
+            }
+#pragma unroll
+            for (int j = 0; j < BOTTOM_K_UNROLL; ++j) {
+                const uint32_t u     = float_to_ordered(values[j]);
+                const bool     match = i0 + j*BOTTOM_K_THREADS + tid < n && (end == 32 || u >> end == prefix);
+                const uint32_t bin   = u >> shift & ((1u << (end - shift)) - 1);
+
+                // scores are close to each other: most of a warp meets in one bin
+                const uint32_t same = __match_any_sync(0xFFFFFFFF, match ? bin : n_bins);
+                if (match && lane == __ffs(same) - 1) {
+                    atomicAdd(&hist[bin], __popc(same));
+                }
+            }
+        }
+        __syncthreads();
+
+        if (warp == 0) {
+            constexpr int n_bins_lane = n_bins/WARP_SIZE;
+
+            uint32_t sum = 0;
+            for (int i = 0; i < n_bins_lane; ++i) {
+                sum += hist[lane*n_bins_lane + i];
+            }
+            const int before = warp_prefix_sum(sum) - sum;
+            if (before < rest && rest <= before + (int) sum) {
+                int bin = lane*n_bins_lane;
+                int r   = rest - before;
+                while (r > (int) hist[bin]) {
+                    r -= hist[bin++];
+                }
+                sh_prefix = prefix << (end - shift) | bin;
+                sh_rest   = r;
+            }
+        }
+        __syncthreads();
+
+        prefix = sh_prefix;
+        rest   = sh_rest;
+    }
+
+    // the smaller ones, and the first ones of those that are equal
+    int n_less  = 0;
+    int n_equal = 0;
+    for (int i0 = 0, buf = 0; i0 < n; i0 += BOTTOM_K_THREADS, buf ^= 1) {
+        const int      i     = i0 + tid;
+        const uint32_t u     = i < n ? float_to_ordered(x[i]) : 0xFFFFFFFF;
+        const bool     less  = i < n && u <  prefix;
+        const bool     equal = i < n && u == prefix;
+
+        const uint32_t less_mask  = __ballot_sync(0xFFFFFFFF, less);
+        const uint32_t equal_mask = __ballot_sync(0xFFFFFFFF, equal);
+        if (lane == 0) {
+            sums[buf][warp] = __popc(less_mask) | __popc(equal_mask) << 16;
+        }
+        __syncthreads();
+
+        const uint32_t prefixes = warp_prefix_sum(sums[buf][lane]);
+        const uint32_t before   = __shfl_sync(0xFFFFFFFF, prefixes - sums[buf][lane], warp);
+        const uint32_t total    = __shfl_sync(0xFFFFFFFF, prefixes, n_warps - 1);
+
+        const uint32_t lower        = (1u << lane) - 1;
+        const int      before_less  = n_less  + (before & 0xFFFF) + __popc(less_mask  & lower);
+        const int      before_equal = n_equal + (before >> 16)    + __popc(equal_mask & lower);
+
+        if (less || (equal && before_equal < rest)) {
+            dst[before_less + min(before_equal, rest)] = i;
+        }
+
+        n_less  += total & 0xFFFF;
+        n_equal += total >> 16;
+    }
+}
+
+void ggml_cuda_bottom_k_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * x    = dst->src[0];
+    const ggml_tensor * segs = dst->src[1];
+
+    bottom_k_ragged<<<segs->ne[1], BOTTOM_K_THREADS, 0, ctx.stream()>>>(
+            (const float *) x->data, (const int32_t *) segs->data, (int32_t *) dst->data, dst->ne[0]);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
+#ifdef RAGGED_AVAILABLE
+    const int cc = ggml_cuda_info().devices[device].cc;
+
+    const auto is_head_size = [](const ggml_tensor * t) {
+        switch (t->ne[0]) {
+            case 64: case 96: case 128: case 256: return true;
+            case 80:                              return !ggml_is_quantized(t->type);
+            default:                              return false;
+        }
+    };
+    const auto is_type = [](const ggml_tensor * t) {
+        return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
+    };
+
+    switch (dst->op) {
+        case GGML_OP_FLASH_ATTN_RAGGED: {
+            const ggml_tensor * q = dst->src[0];
+            const ggml_tensor * k = dst->src[1];
+            const ggml_tensor * v = dst->src[2];
+
+            return cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
+                is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
+                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1] <= RAGGED_MAX_HEADS;
+        }
+        case GGML_OP_KEYDIFF_RAGGED: {
+            const ggml_tensor * k = dst->src[0];
+
+            return (is_type(k) || k->type == GGML_TYPE_F32) && is_head_size(k) && dst->src[1]->ne[1] <= RAGGED_MAX_HEADS;
+        }
+        case GGML_OP_BOTTOM_K_RAGGED:
+            return true;
+        default:
+            return false;
+    }
+#else
+    GGML_UNUSED_VARS(device, dst);
+    return false;
+#endif // RAGGED_AVAILABLE
+}

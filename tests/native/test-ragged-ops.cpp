@@ -1,0 +1,483 @@
+// The ops of ggml-ragged.h on every backend that is there, against double precision.
+//
+//     test-ragged-ops [test]                             all cases
+//     test-ragged-ops perf [cells] [layers] [tokens] [even]   time of the attention of one step, 8 KV heads of size 128
+//
+// In perf, even = 1 gives all heads the same number of cells, and "uniform" is ggml_flash_attn_ext over as many cells as the ragged heads have on average.
+
+#include "ggml-ragged.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+static std::mt19937 rng(1);
+
+static std::vector<float> random_floats(size_t n, float scale = 1.0f) {
+    std::normal_distribution<float> dist(0.0f, scale);
+    std::vector<float> res(n);
+    for (auto & x : res) {
+        x = dist(rng);
+    }
+    return res;
+}
+
+// rows of a type, and what they mean
+struct rows {
+    std::vector<char>  data;
+    std::vector<float> values;
+
+    rows(ggml_type type, int64_t d, int64_t n) : data(ggml_row_size(type, d)*n), values(random_floats(d*n)) {
+        if (type == GGML_TYPE_F32) {
+            memcpy(data.data(), values.data(), data.size());
+        } else {
+            ggml_quantize_chunk(type, values.data(), data.data(), 0, n, d, nullptr);
+            ggml_get_type_traits(type)->to_float(data.data(), values.data(), d*n);
+        }
+    }
+};
+
+struct seg {
+    int32_t first;
+    int32_t n;
+};
+
+// segments with gaps between them, at any row. the last one ends with the rows
+static std::vector<seg> make_segs(int n_head, int n_min, int n_max, int64_t & n_rows) {
+    std::vector<seg> res;
+    n_rows = 0;
+    for (int h = 0; h < n_head; ++h) {
+        // most heads are short, a few are long
+        const double u = std::uniform_real_distribution<double>(0.0, 1.0)(rng);
+        n_rows += rng() % 5;
+        res.push_back({ (int32_t) n_rows, (int32_t) (n_min + u*u*u*(n_max - n_min)) });
+        n_rows += res.back().n;
+    }
+    return res;
+}
+
+struct runner {
+    ggml_backend_t   backend;
+    ggml_context_ptr ctx { ggml_init({ 4096*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+
+    std::vector<std::pair<ggml_tensor *, std::vector<char>>> inputs;
+
+    ggml_backend_buffer_ptr buf;
+    ggml_cgraph * gf = nullptr;
+
+    explicit runner(ggml_backend_t backend) : backend(backend) {}
+
+    template <typename T>
+    ggml_tensor * input(ggml_type type, std::vector<int64_t> ne, const std::vector<T> & data) {
+        ggml_tensor * t = ggml_new_tensor(ctx.get(), type, ne.size(), ne.data());
+        inputs.emplace_back(t, std::vector<char>((const char *) data.data(), (const char *) (data.data() + data.size())));
+        return t;
+    }
+
+    bool supports(ggml_tensor * t) {
+        return ggml_backend_supports_op(backend, t);
+    }
+
+    void prepare(const std::vector<ggml_tensor *> & outs) {
+        gf = ggml_new_graph(ctx.get());
+        for (ggml_tensor * t : outs) {
+            ggml_build_forward_expand(gf, t);
+        }
+        buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+        for (const auto & [t, data] : inputs) {
+            GGML_ASSERT(data.size() == ggml_nbytes(t));
+            ggml_backend_tensor_set(t, data.data(), 0, data.size());
+        }
+    }
+
+    template <typename T>
+    std::vector<T> compute(ggml_tensor * out) {
+        prepare({ out });
+        ggml_backend_tensor_memset(out, 0xFF, 0, ggml_nbytes(out)); // NaN
+        GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+
+        std::vector<T> res(ggml_nelements(out));
+        ggml_backend_tensor_get(out, res.data(), 0, ggml_nbytes(out));
+        return res;
+    }
+};
+
+static double nmse(const std::vector<float> & a, const std::vector<double> & ref) {
+    double err = 0.0;
+    double sum = 0.0;
+    for (size_t i = 0; i < ref.size(); ++i) {
+        err += (a[i] - ref[i])*(a[i] - ref[i]);
+        sum += ref[i]*ref[i];
+    }
+    return err/sum;
+}
+
+struct attn_case {
+    ggml_type type;
+    int  d;
+    int  n_head_kv;
+    int  n_gqa;
+    int  n_tokens;
+    int  n_max;         // cells of the longest head
+    float softcap = 0.0f;
+    bool  sinks   = false;
+    int   n_recent = 64; // cells of which some are hidden
+
+    std::string name() const {
+        char buf[256];
+        snprintf(buf, sizeof(buf), "FLASH_ATTN_RAGGED(type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_tokens=%d,n_max=%d,n_recent=%d,softcap=%g,sinks=%d)",
+                ggml_type_name(type), d, n_head_kv, n_gqa, n_tokens, n_max, n_recent, softcap, sinks);
+        return buf;
+    }
+};
+
+// returns < 0 where it is not supported
+static double run_attn(ggml_backend_t backend, const attn_case & c) {
+    int64_t n_rows;
+    const auto segs = make_segs(c.n_head_kv, c.n_recent, c.n_max, n_rows);
+
+    const int n_head = c.n_head_kv*c.n_gqa;
+
+    const rows k(c.type, c.d, n_rows);
+    const rows v(c.type, c.d, n_rows);
+
+    const auto q     = random_floats(c.d*n_head*c.n_tokens);
+    const auto sinks = random_floats(n_head);
+
+    const float scale = 1.0f/sqrtf(c.d);
+
+    // causal among the last cells, some of which are unused
+    const int n_unused = (c.n_recent - std::min(c.n_tokens, c.n_recent))/3;
+
+    std::vector<int32_t> n_hidden;
+    for (int t = 0; t < c.n_tokens; ++t) {
+        n_hidden.push_back(std::min(n_unused + c.n_tokens - 1 - t, c.n_recent - 1));
+    }
+
+    runner run(backend);
+
+    ggml_tensor * out = ggml_flash_attn_ragged(run.ctx.get(),
+            run.input(GGML_TYPE_F32, { c.d, n_head, c.n_tokens }, q),
+            run.input(c.type, { c.d, n_rows }, k.data),
+            run.input(c.type, { c.d, n_rows }, v.data),
+            run.input(GGML_TYPE_I32, { 2, c.n_head_kv }, segs),
+            run.input(GGML_TYPE_I32, { c.n_tokens }, n_hidden),
+            c.sinks ? run.input(GGML_TYPE_F32, { n_head }, sinks) : nullptr, scale, c.softcap);
+
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    const auto res = run.compute<float>(out);
+
+    std::vector<double> ref(res.size(), 0.0);
+    for (int t = 0; t < c.n_tokens; ++t) {
+        for (int h = 0; h < n_head; ++h) {
+            const seg & s = segs[h/c.n_gqa];
+
+            std::vector<double> p(s.n - n_hidden[t]);
+            double max = c.sinks ? sinks[h] : -INFINITY;
+            for (size_t i = 0; i < p.size(); ++i) {
+                double dot = 0.0;
+                for (int j = 0; j < c.d; ++j) {
+                    dot += double(q[(t*n_head + h)*c.d + j])*k.values[int64_t(s.first + i)*c.d + j];
+                }
+                dot *= scale;
+                if (c.softcap != 0.0f) {
+                    dot = c.softcap*tanh(dot/c.softcap);
+                }
+                p[i] = dot;
+                max  = std::max(max, dot);
+            }
+            double sum = c.sinks ? exp(sinks[h] - max) : 0.0;
+            for (auto & x : p) {
+                sum += x = exp(x - max);
+            }
+            for (size_t i = 0; i < p.size(); ++i) {
+                for (int j = 0; j < c.d; ++j) {
+                    ref[(t*n_head + h)*c.d + j] += p[i]/sum*v.values[int64_t(s.first + i)*c.d + j];
+                }
+            }
+        }
+    }
+
+    return nmse(res, ref);
+}
+
+static double run_keydiff(ggml_backend_t backend, ggml_type type, int d, int n_head_kv, int n_max) {
+    int64_t n_rows;
+    auto segs = make_segs(n_head_kv, 1, n_max, n_rows);
+    segs[rng() % segs.size()].n = 0;
+
+    const rows k(type, d, n_rows);
+
+    runner run(backend);
+    ggml_tensor * out = ggml_keydiff_ragged(run.ctx.get(), run.input(type, { d, n_rows }, k.data), run.input(GGML_TYPE_I32, { 2, n_head_kv }, segs));
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    const auto all = run.compute<float>(out);
+
+    const auto length = [&](const double * x) {
+        double sum = 0.0;
+        for (int j = 0; j < d; ++j) {
+            sum += x[j]*x[j];
+        }
+        return sqrt(sum);
+    };
+
+    std::vector<float>  res;
+    std::vector<double> ref;
+    for (const auto & s : segs) {
+        std::vector<double> unit(s.n*d);
+        std::vector<double> anchor(d, 0.0);
+        for (int i = 0; i < s.n; ++i) {
+            double * u = &unit[i*d];
+            std::copy_n(&k.values[int64_t(s.first + i)*d], d, u);
+            const double len = length(u);
+            for (int j = 0; j < d; ++j) {
+                u[j]      /= len;
+                anchor[j] += u[j];
+            }
+        }
+        const double len = length(anchor.data());
+        for (int i = 0; i < s.n; ++i) {
+            double dot = 0.0;
+            for (int j = 0; j < d; ++j) {
+                dot += unit[i*d + j]*anchor[j]/len;
+            }
+            res.push_back(all[s.first + i]);
+            ref.push_back(-dot);
+        }
+    }
+    return nmse(res, ref);
+}
+
+static double run_bottom_k(ggml_backend_t backend, int n_segs, int n_max, int n_values) {
+    int64_t n_rows;
+    const auto segs = make_segs(n_segs, 1, n_max, n_rows);
+
+    auto x = random_floats(n_rows);
+    for (auto & value : x) {
+        if (n_values > 0) {
+            value = floorf(value*n_values); // many are equal
+        }
+        if (rng() % 500 == 0) {
+            value = rng() % 2 ? NAN : INFINITY;
+        }
+    }
+
+    std::vector<int32_t> segs3;
+    int k_max = 1;
+    for (const auto & s : segs) {
+        const int k = rng() % 4 == 0 ? s.n : rng() % (s.n + 1);
+        segs3.insert(segs3.end(), { s.first, s.n, k });
+        k_max = std::max(k_max, k);
+    }
+
+    runner run(backend);
+    ggml_tensor * out = ggml_bottom_k_ragged(run.ctx.get(), run.input(GGML_TYPE_F32, { n_rows }, x), run.input(GGML_TYPE_I32, { 3, n_segs }, segs3), k_max);
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    auto res = run.compute<int32_t>(out);
+
+    double wrong = 0.0;
+    for (int i = 0; i < n_segs; ++i) {
+        const int k = segs3[3*i + 2];
+
+        std::vector<int32_t> ref(segs[i].n);
+        for (int j = 0; j < segs[i].n; ++j) {
+            ref[j] = j;
+        }
+        std::stable_sort(ref.begin(), ref.end(), [&](int32_t a, int32_t b) {
+            const float fa = x[segs[i].first + a];
+            const float fb = x[segs[i].first + b];
+            return std::isnan(fa) || std::isnan(fb) ? std::isnan(fa) && !std::isnan(fb) : fa < fb;
+        });
+        ref.resize(k);
+        std::sort(ref.begin(), ref.end());
+        ref.resize(k_max, -1);
+
+        wrong += !std::equal(ref.begin(), ref.end(), res.begin() + i*k_max);
+    }
+    return wrong;
+}
+
+static bool test(ggml_backend_t backend) {
+    int n_ok      = 0;
+    int n_fail    = 0;
+    int n_skipped = 0;
+
+    const auto check = [&](const std::string & name, double err, double max_err) {
+        if (err < 0.0) {
+            n_skipped++;
+        } else if (err <= max_err) {
+            n_ok++;
+        } else {
+            n_fail++;
+            printf("  %s: error %g > %g\n", name.c_str(), err, max_err);
+        }
+    };
+
+    std::vector<attn_case> cases;
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1 }) {
+        for (int d : { 64, 80, 96, 128, 256 }) {
+            if (d % ggml_blck_size(type) != 0) {
+                continue;
+            }
+            for (int n_tokens : { 1, 5, 33 }) {
+                cases.push_back({ type, d, 3, 2, n_tokens, 700 });
+            }
+            cases.push_back({ type, d, 2, 3, 2, 300, 15.0f, true });
+        }
+        for (int n_gqa : { 1, 3, 4, 7, 8, 16 }) {
+            cases.push_back({ type, 64, 2, n_gqa, 1, 2000 });
+            cases.push_back({ type, 64, 2, n_gqa, 4, 300 });
+        }
+        cases.push_back({ type, 128,  8, 4,   1, 20000 });
+        cases.push_back({ type, 128, 40, 1,   1, 500 });
+        cases.push_back({ type, 128,  2, 4, 130, 3000, 0.0f, false, 256 });
+        cases.push_back({ type,  64,  3, 4, 100, 1000, 0.0f, true,  512 });
+    }
+    for (const auto & c : cases) {
+        check(c.name(), run_attn(backend, c), c.type == GGML_TYPE_F32 ? 1e-9 : 1e-6);
+    }
+
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (int d : { 64, 80, 96, 128, 256 }) {
+            if (d % ggml_blck_size(type) == 0) {
+                check(std::string("KEYDIFF_RAGGED(") + ggml_type_name(type) + "," + std::to_string(d) + ")", run_keydiff(backend, type, d, 5, 3000), 1e-9);
+            }
+        }
+    }
+
+    for (int i = 0; i < 20; ++i) {
+        check("BOTTOM_K_RAGGED(" + std::to_string(i) + ")", run_bottom_k(backend, 1 + i, i % 2 ? 100 : 20000, i % 3 ? 0 : i % 2 ? 3 : 100), 0.0);
+    }
+
+    printf("%s: %d passed, %d failed, %d not supported\n", ggml_backend_name(backend), n_ok, n_fail, n_skipped);
+
+    return n_fail == 0;
+}
+
+static double time_ms(ggml_backend_t backend, ggml_cgraph * gf) {
+    std::vector<double> times;
+    for (int i = 0; i < 25; ++i) {
+        ggml_backend_synchronize(backend);
+        const auto t0 = std::chrono::steady_clock::now();
+        for (int j = 0; j < 4; ++j) {
+            ggml_backend_graph_compute_async(backend, gf);
+        }
+        ggml_backend_synchronize(backend);
+        const auto t1 = std::chrono::steady_clock::now();
+        times.push_back(std::chrono::duration<double, std::milli>(t1 - t0).count()/4);
+    }
+    std::sort(times.begin() + 5, times.end()); // the first ones warm up
+    return times[15];
+}
+
+static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens, bool even) {
+    const int d         = 128;
+    const int n_head_kv = 8;
+    const int n_gqa     = 4;
+
+    // kept fractions of the heads of SmolLM2-135M at ratio 0.2, quantiles
+    static const float quantiles[] = {
+        0.0303f, 0.0318f, 0.0342f, 0.0361f, 0.0407f, 0.0420f, 0.0454f, 0.0465f, 0.0504f, 0.0761f, 0.0998f,
+        0.1134f, 0.1344f, 0.1815f, 0.2184f, 0.2895f, 0.3810f, 0.4454f, 0.5747f, 0.6828f, 0.8347f,
+    };
+
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (bool ragged : { false, true }) {
+            if (!ragged && type == GGML_TYPE_Q4_0) {
+                continue;
+            }
+            runner run(backend);
+            auto * ctx = run.ctx.get();
+
+            std::vector<double> fractions;
+            double sum = 0.0;
+            for (int i = 0; i < n_layer*n_head_kv; ++i) {
+                fractions.push_back(even ? 1.0f : quantiles[rng() % 21]);
+                sum += fractions.back();
+            }
+
+
+            std::vector<ggml_tensor *> outs;
+            std::vector<ggml_tensor *> kvs;
+
+            double bytes = 0.0;
+            for (int il = 0; il < n_layer; ++il) {
+                ggml_tensor * q = run.input(GGML_TYPE_F32, { d, n_head_kv*n_gqa, n_tokens }, random_floats(d*n_head_kv*n_gqa*n_tokens));
+
+                if (ragged) {
+                    std::vector<seg> segs;
+                    int32_t n_rows = 0;
+                    for (int h = 0; h < n_head_kv; ++h) {
+                        segs.push_back({ n_rows, std::max<int32_t>(64, fractions[il*n_head_kv + h]/sum*n_layer*n_head_kv*n_cells) });
+                        n_rows += segs.back().n;
+                    }
+                    kvs.push_back(ggml_new_tensor_2d(ctx, type, d, n_rows));
+                    kvs.push_back(ggml_new_tensor_2d(ctx, type, d, n_rows));
+                    outs.push_back(ggml_flash_attn_ragged(ctx, q, kvs[2*il], kvs[2*il + 1], run.input(GGML_TYPE_I32, { 2, n_head_kv }, segs),
+                            run.input(GGML_TYPE_I32, { n_tokens }, std::vector<int32_t>(n_tokens, 0)), nullptr, 1.0f/sqrtf(d), 0.0f));
+                } else {
+                    kvs.push_back(ggml_new_tensor_3d(ctx, type, d, n_head_kv, n_cells));
+                    kvs.push_back(ggml_new_tensor_3d(ctx, type, d, n_head_kv, n_cells));
+                    outs.push_back(ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3),
+                            ggml_permute(ctx, kvs[2*il], 0, 2, 1, 3), ggml_permute(ctx, kvs[2*il + 1], 0, 2, 1, 3),
+                            run.input(GGML_TYPE_F16, { n_cells, n_tokens }, std::vector<ggml_fp16_t>(size_t(n_cells)*n_tokens, 0)), 1.0f/sqrtf(d), 0.0f, 0.0f));
+                }
+                bytes += ggml_nbytes(kvs[2*il]) + ggml_nbytes(kvs[2*il + 1]);
+            }
+
+            run.prepare(outs);
+
+            // random data, the same for all layers
+            const rows some(type, d, 4096);
+            for (ggml_tensor * t : kvs) {
+                for (size_t i = 0; i < ggml_nbytes(t); i += some.data.size()) {
+                    ggml_backend_tensor_set(t, some.data.data(), i, std::min(some.data.size(), ggml_nbytes(t) - i));
+                }
+            }
+
+            const double ms = time_ms(backend, run.gf);
+            printf("%s %5s %-8s %d cells x %d layers, %d tokens: %8.3f ms, %6.0f GB/s, %6.1f TFLOP/s\n", ggml_backend_name(backend), ggml_type_name(type),
+                    ragged ? "ragged" : "uniform", n_cells, n_layer, n_tokens, ms, bytes/ms*1e-6, 4.0*d*n_gqa*n_head_kv*n_cells*n_layer*n_tokens/ms*1e-9);
+            fflush(stdout);
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    ggml_backend_load_all();
+
+    const std::string mode = argc > 1 ? argv[1] : "test";
+    const auto arg = [&](int i, int def) { return argc > i ? atoi(argv[i]) : def; };
+
+    bool ok = true;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        ggml_backend_ptr backend { ggml_backend_dev_init(dev, nullptr) };
+
+        if (mode == "perf") {
+            if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+                perf(backend.get(), arg(2, 26112), arg(3, 32), arg(4, 1), arg(5, 0));
+            }
+        } else {
+            ok = test(backend.get()) && ok;
+        }
+    }
+    return ok ? 0 : 1;
+}

@@ -1,0 +1,74 @@
+"""The GPU agrees with the CPU. Runs where the build has a GPU backend and finds a device."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the weights are f32, and the CPU computes with them as they are
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp import Llama
+from test_native import F16, feed, load, metadata, nmse, random_tokens, uneven_budget
+from tiny_gguf import write_tiny
+
+from lukv_gguf import runtime
+from lukv_gguf.metadata import embed
+
+Q8_0, BF16 = 8, 30
+
+pytestmark = pytest.mark.skipif(not llama_cpp.llama_supports_gpu_offload(), reason="this build has no GPU backend")
+
+
+def make(tmp_path: Path, d_head: int, n_head: int = 8) -> Path:
+    plain, path = tmp_path / "plain.gguf", tmp_path / "lukv.gguf"
+    write_tiny(plain, n_layer=4, n_head=n_head, n_head_kv=2, d_head=d_head, n_ctx=8192)
+    embed(plain, path, metadata(uneven_budget(4, 2, 0.25), 0.25))
+    return path
+
+
+def run(path: Path, n_gpu_layers: int, kv_type: int, flash_attn: bool, **options) -> tuple[np.ndarray, list[set[int]]]:
+    """Logits of a prompt in several ubatches and of single tokens, and the positions that each head keeps."""
+    model = load(path, kv_type=kv_type, flash_attn=flash_attn, n_gpu_layers=n_gpu_layers, n_ctx=2048, **options)
+    logits = [feed(model, random_tokens(1500)), feed(model, random_tokens(7, seed=1))]
+    logits += [feed(model, [token]) for token in random_tokens(150, seed=2)]
+    usage = runtime.usage(model)
+    assert usage.evictions > 5
+    return np.concatenate(logits), [set(runtime.positions(model, *i).tolist()) for i in np.ndindex(usage.owned.shape)]
+
+
+def assert_agrees(path: Path, kv_type: int, flash_attn: bool, n_gpu_layers: int = 99, **options) -> None:
+    cpu, cpu_cells = run(path, 0, kv_type, flash_attn)
+    gpu, gpu_cells = run(path, n_gpu_layers, kv_type, flash_attn, **options)
+    overlap = sum(len(a & b) for a, b in zip(cpu_cells, gpu_cells)) / sum(map(len, cpu_cells))
+    assert (overlap > 0.97 and nmse(gpu, cpu) < 1e-2), (overlap, nmse(gpu, cpu))
+
+
+@pytest.mark.parametrize("kv_type", [F16, BF16, Q8_0])
+@pytest.mark.parametrize("d_head", [64, 128])
+def test_gpu_agrees_with_cpu(tmp_path: Path, d_head: int, kv_type: int) -> None:
+    assert_agrees(make(tmp_path, d_head), kv_type, flash_attn=True)
+
+
+def test_head_by_head_agrees_with_cpu(tmp_path: Path) -> None:
+    """Without flash attention there is no op for all heads."""
+    assert_agrees(make(tmp_path, 64), F16, flash_attn=False)
+
+
+@pytest.mark.parametrize("options", [{"n_gpu_layers": 2}, {"offload_kqv": False}], ids=["half the layers", "no KV offload"])
+def test_split_placement_agrees_with_cpu(tmp_path: Path, options: dict) -> None:
+    assert_agrees(make(tmp_path, 64), F16, flash_attn=True, **options)
+
+
+def graph_splits(path: Path, overrides: dict | None, capfd: pytest.CaptureFixture) -> list[str]:
+    load(path, overrides, kv_type=F16, flash_attn=True, n_gpu_layers=99, verbose=True)
+    return re.findall(r"splits = (\d+ / \d+)", capfd.readouterr().err)
+
+
+def test_as_many_graph_splits_as_stock(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = make(tmp_path, 64)
+    splits = graph_splits(path, None, capfd)
+    assert splits and splits == graph_splits(path, {"lukv.enabled": False}, capfd)
