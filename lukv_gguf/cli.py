@@ -33,7 +33,7 @@ _COLOURS = ("grey50", "#46337f", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a
 _TERMINAL_COLUMNS = 80
 _LABEL_COLUMNS = 8
 _CELL_COLUMNS = 2
-_STAGE_NAMES = {"write": "writing the model"}
+_STAGE_NAMES = {"answer": "answering", "measure": "measuring layers", "write": "writing the model"}
 
 
 class _OneLineError(click.ClickException):
@@ -88,6 +88,51 @@ def main() -> None:
     cli(prog_name="lukv-gguf")
 
 
+def _protocol_options(command: Any) -> Any:
+    """The options of a profile, for the commands that make one."""
+    options = [
+        click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
+                     help="Tokens never evicted at the start."),
+        click.option("--recent", type=click.IntRange(min=0), default=defaults.RECENT, show_default=True,
+                     help="Tokens never evicted at the end."),
+        click.option("--objective", type=click.Choice(["relative", "paper"]), default=defaults.OBJECTIVE,
+                     show_default=True, help="Importance relative to the residual stream, or as in the paper."),
+        click.option("--group", type=click.Choice(["mean", "max"]), default="mean", show_default=True,
+                     help="How the query heads that share a KV head are combined."),
+        click.option("--calibration", type=click.Choice(["prose", "code", "dialogue"]), default="prose",
+                     show_default=True, help="Calibration text and questions that come with the program."),
+        click.option("--context", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Your own calibration text, with --questions."),
+        click.option("--questions", type=click.Path(path_type=Path), metavar="FILE",
+                     help='Its questions: JSON, {"questions": ["…"]}.'),
+        click.option("--n-context", type=click.IntRange(min=1), default=4000, show_default=True,
+                     help="Most tokens of the calibration text."),
+        click.option("--n-query", type=click.IntRange(min=1), help="Questions to ask.  [default: all]"),
+        click.option("--k-max", "max_new_tokens", type=click.IntRange(min=1), default=32, show_default=True,
+                     help="Most tokens of an answer."),
+        click.option("--grid", "n_ratio", type=click.IntRange(min=1), default=99, show_default=True,
+                     help="Ratios to solve for."),
+        click.option("--engine", type=click.Choice(["auto", "llama", "torch"]), default="auto", show_default=True,
+                     help="Who answers the questions: the model in llama.cpp, or the torch reference with all weights in "
+                     "memory; auto takes torch for at most 10⁹ weights."),
+        click.option("--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, mps."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
+    """Take the options of the calibration text out, and return what they name."""
+    from lukv_gguf import calibration
+
+    context, questions = options.pop("context"), options.pop("questions")
+    if (context is None) != (questions is None):
+        raise click.UsageError("--context and --questions go together.")
+    name = options.pop("calibration")
+    return calibration.load(context, questions) if context else calibration.load_default(name)
+
+
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
 @click.option("-r", "--ratio", type=float, default=defaults.RATIO, show_default=True,
@@ -98,42 +143,32 @@ def main() -> None:
               help="Overwrite an existing output. One that carries a LU-KV table is replaced in any case.")
 @click.option("--policy", type=click.Choice(["capacity", "prefill"]), default=defaults.POLICY, show_default=True,
               help="When to evict: from a head that is full, or once after the prompt.")
-@click.option("--metric", default=defaults.METRIC, show_default=True, help="Score that ranks a head's tokens.")
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="PROFILE",
+              help="Take the budgets from this file (lukv-gguf profile) instead of profiling.")
+@click.option("--metric", help=f"Score that ranks a head's tokens.  [default: {defaults.METRIC}, or the profile's]")
+@click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
+              default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
 @click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
               help="Kept fraction that no head falls below.")
-@click.option("--blend", type=float, default=defaults.BLEND, show_default=True,
+@click.option("--blend", type=float, show_default=f"{defaults.BLEND} for lukv, else 0",
               help="Share of uniform budgets mixed in, 0 to 1.")
-@click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
-              help="Tokens never evicted at the start.")
-@click.option("--recent", type=click.IntRange(min=0), default=defaults.RECENT, show_default=True,
-              help="Tokens never evicted at the end.")
-@click.option("--objective", type=click.Choice(["relative", "paper"]), default=defaults.OBJECTIVE, show_default=True,
-              help="Importance relative to the residual stream, or as in the paper.")
-@click.option("--context", type=click.Path(path_type=Path), metavar="FILE",
-              help="Your own calibration text, with --questions.")
-@click.option("--questions", type=click.Path(path_type=Path), metavar="FILE",
-              help='Its questions: JSON, {"questions": ["…"]}.')
-def embed(
-    model: Path,
-    output: Path | None,
-    force: bool,
-    context: Path | None,
-    questions: Path | None,
-    **options: Any,
-) -> None:
+@_protocol_options
+@click.pass_context
+def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **options: Any) -> None:
     """Profile a model, solve its budgets, and write a copy that carries them.
 
     The copy is a normal model everywhere: tensors and all other metadata stay the same, byte for byte.
     """
-    # read when torch is loaded: threads that spin at every barrier stall as soon as anything else wants the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-    from lukv_gguf import calibration
+    _set_thread_policy()
     from lukv_gguf.embed import default_output, embed_model
 
-    if (context is None) != (questions is None):
-        raise click.UsageError("--context and --questions go together.")
-    calibration_text = calibration.load(context, questions) if context and questions else None
+    calibration_text = _calibration_text(options)
+    if options["profile_path"] is not None:
+        protocol = {param.name: param.opts[0] for param in profile.params if param.name in ctx.params}
+        for name in protocol.keys() - {"model", "output", "force", "metric"}:
+            if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{protocol[name]} is for profiling; with --profile it says nothing.")
+            options.pop(name, None)
     started = time.monotonic()
     with _progress_bars() as progress:
         meta = embed_model(
@@ -143,6 +178,105 @@ def embed(
     click.echo(f"keeps    {meta.ratio:.1%} of the KV cache, policy {meta.policy}, metric {meta.metric}")
     click.echo(f"heads    {_spread(meta.budget)}")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PROFILE",
+              help="Output file.  [default: MODEL-profile.npz beside the input]")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output, and start over.")
+@click.option("--metric", default=defaults.METRIC, show_default=True,
+              help="Scores that rank a head's tokens, separated by commas.")
+@_protocol_options
+def profile(model: Path, output: Path | None, force: bool, metric: str, **options: Any) -> None:
+    """Measure a model's heads, and write what was found to one file.
+
+    `embed --profile` turns it into budgets, for any ratio and for any quantisation of the model. With the engine llama
+    an interrupted run goes on where it was when the same command is given again.
+    """
+    _set_thread_policy()
+    from lukv_gguf import metrics
+    from lukv_gguf.gguf_header import check_writable, name_beside, read_header
+    from lukv_gguf.profile import Protocol, profile_metrics
+    from lukv_gguf.profile_file import save_profiles
+
+    context, questions = _calibration_text(options)
+    device = options.pop("device")
+    header = read_header(model)
+    output = output or name_beside(model, "-profile").with_suffix(".npz")
+    check_writable(output, 1 << 20)
+    _refuse_existing(output, force)
+    chosen = [metrics.get(name.strip()) for name in metric.split(",")]
+    started = time.monotonic()
+    with _progress_bars() as progress:
+        profiles = profile_metrics(
+            header.path,
+            chosen,
+            context=context,
+            questions=questions,
+            protocol=Protocol(**options),
+            device=device,
+            progress=progress,
+            checkpoint=output.with_name(output.name + ".partial"),
+            start_over=force,
+        )
+    save_profiles(output, profiles)
+    click.echo(f"written  {output}")
+    for name, found in profiles.items():
+        click.echo(f"{name:<8} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
+    click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
+
+
+@cli.command("export-curve")
+@click.argument("profile_path", type=click.Path(path_type=Path), metavar="PROFILE")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CURVE.npy", required=True,
+              help="Output file.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--metric", help="Which of the profile's metrics.  [default: the only one]")
+def export_curve(profile_path: Path, output: Path, force: bool, metric: str | None) -> None:
+    """Write a profile as the LU-KV project and kvpress read it: [99, layers, KV heads], pruned fractions."""
+    from lukv_gguf.profile_file import choose_profile
+    from lukv_gguf.profile_file import export_curve as export
+
+    _refuse_existing(output, force)
+    chosen = choose_profile(profile_path, metric)
+    export(output, chosen)
+    click.echo(f"written  {output}")
+    click.echo(f"for      {chosen.metric}, sink {chosen.sink}, window {chosen.recent}")
+
+
+@cli.command("import-curve")
+@click.argument("curve", type=click.Path(path_type=Path), metavar="CURVE.npy")
+@click.option("--model", type=click.Path(path_type=Path), metavar="MODEL.gguf", required=True,
+              help="The model that it was made for.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PROFILE", required=True,
+              help="Output file.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--metric", required=True, help="The metric that it was made for.")
+@click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
+              help="Its tokens never evicted at the start.")
+@click.option("--recent", type=click.IntRange(min=0), default=1, show_default=True,
+              help="Its tokens never evicted at the end.")
+def import_curve(
+    curve: Path, model: Path, output: Path, force: bool, metric: str, sink: int, recent: int
+) -> None:
+    """Make a profile from a curve of the LU-KV project: [99, layers, KV heads], pruned fractions."""
+    from lukv_gguf import metrics
+    from lukv_gguf.gguf_header import read_header
+    from lukv_gguf.metadata import model_shape, shape_text
+    from lukv_gguf.profile_file import import_curve as import_
+    from lukv_gguf.profile_file import save_profiles
+
+    _refuse_existing(output, force)
+    header = read_header(model)
+    chosen = metrics.get(metric)
+    name = str(header.value("general.name") or model.stem)
+    profile = import_(curve, chosen.name, chosen.params, sink, recent, name)
+    found, wanted = profile.budget.shape[1:], model_shape(header)
+    if found != wanted:
+        raise LukvError(f"{curve}: made for {shape_text(*found)}, {model} has {shape_text(*wanted)}")
+    save_profiles(output, {chosen.name: profile})
+    click.echo(f"written  {output}")
 
 
 @cli.command()
@@ -202,6 +336,16 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(result.to_dict()))
     else:
         _print_bench(result)
+
+
+def _set_thread_policy() -> None:
+    # read when torch is loaded: threads that spin at every barrier stall as soon as anything else wants the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise LukvError(f"{output}: exists; overwrite it with -f or choose another name with -o")
 
 
 def heatmap(budget: np.ndarray, encoding: str = "utf-8") -> list[Text]:

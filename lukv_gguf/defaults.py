@@ -6,6 +6,8 @@ RATIO = 0.2
 """Kept fraction of the whole KV cache."""
 METRIC = "keydiff"
 """Intra-head metric."""
+ALLOCATION = "lukv"
+"""How the total budget is split over heads."""
 OBJECTIVE = "relative"
 """Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
 FLOOR = 0.0

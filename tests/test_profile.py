@@ -120,9 +120,11 @@ def test_a_head_that_alone_matters_gets_the_cells() -> None:
     importance = np.full((2, 1, 2, 10), 1e-6)
     importance[:, 0, 1] = 1.0
     ranking = np.broadcast_to(np.arange(10), (1, 2, 10))
-    budget, gap = solve_budgets(importance, ranking, np.array([0.25, 0.5, 0.75]))
-    np.testing.assert_allclose(budget[:, 0], [[0.0, 0.5], [0.0, 1.0], [0.5, 1.0]])
-    np.testing.assert_allclose(gap, 0.0, atol=1e-12)
+    solution = solve_budgets(importance, ranking, np.array([0.25, 0.5, 0.75]))
+    for budget in solution.query_budget:
+        np.testing.assert_allclose(budget[:, 0], [[0.0, 0.5], [0.0, 1.0], [0.5, 1.0]])
+    np.testing.assert_allclose(solution.gap, 0.0, atol=1e-12)
+    np.testing.assert_allclose(solution.marginal, importance[0], rtol=1e-6)
 
 
 def test_progress_is_told(tiny_path: Path) -> None:

@@ -61,6 +61,11 @@ class GGUFFile:
         """``general.architecture``."""
         return str(self.value("general.architecture", "(none)"))
 
+    @property
+    def n_weight(self) -> int:
+        """Weights in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+
     def value(self, key: str, default: Any = None) -> Any:
         """The metadata value of a key (arrays as lists), or `default`."""
         if key not in self._header.pairs:

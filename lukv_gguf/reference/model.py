@@ -179,6 +179,12 @@ class ReferenceModel:
         """Number of tokens in the vocabulary."""
         return self._file.shape("token_embd.weight")[0]
 
+    @property
+    def has_long_rope(self) -> bool:
+        """Whether LongRoPE's factors for an extended context are in use, as in llama.cpp with a long enough context."""
+        extended = self.config.n_context_train > self.config.rope.n_context_original
+        return extended and self._file.has_tensor("rope_factors_long.weight")
+
     def output_weight(self, layer: int) -> Tensor:
         """W_O of a layer, one slice per query head: [n_head_kv, n_group, d_value, n_embd], float32."""
         return self._output_weight(self._layers[layer])
@@ -575,9 +581,8 @@ class ReferenceModel:
         return torch.cat([self._file.tensor(f"{prefix}{name}.bias") for name in names]).to(self.device)
 
     def _frequency_divisors(self) -> Tensor | None:
-        """Llama 3's factors, or LongRoPE's: the long ones if the model's context was extended, as llama.cpp does."""
-        extended = self.config.n_context_train > self.config.rope.n_context_original
-        for name in ("rope_freqs", "rope_factors_long" if extended else "rope_factors_short"):
+        """Llama 3's factors, or LongRoPE's."""
+        for name in ("rope_freqs", "rope_factors_long" if self.has_long_rope else "rope_factors_short"):
             if self._file.has_tensor(name + ".weight"):
                 return self._file.tensor(name + ".weight")
         return None
