@@ -280,19 +280,36 @@ def import_curve(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.argument("path", type=click.Path(path_type=Path), metavar="MODEL.gguf|PROFILE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(model: Path, as_json: bool) -> None:
-    """Show the LU-KV table that a model carries."""
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .png, .svg or .html.")
+@click.option("--metric", help="Which of a profile's metrics.  [default: the only one]")
+@click.option("--compare", type=click.Path(path_type=Path), metavar="PROFILE", multiple=True,
+              help="Profiles of other texts, for the rank correlations; may be given again.")
+def inspect(path: Path, as_json: bool, plot: Path | None, metric: str | None, compare: tuple[Path, ...]) -> None:
+    """Show the LU-KV table that a model carries, or what a profile measured."""
     from lukv_gguf.metadata import read_metadata
 
-    meta = read_metadata(model)
+    if _is_profile(path):
+        _inspect_profile(path, as_json, plot, metric, compare)
+        return
+    if metric or compare:
+        raise click.UsageError("--metric and --compare are for profiles.")
+    meta = read_metadata(path)
     if as_json:
         click.echo(json.dumps({"embedded": meta is not None, **(meta.to_dict() if meta else {})}))
     elif meta is None:
-        click.echo(f"{model}: no LU-KV table")
+        click.echo(f"{path}: no LU-KV table")
     else:
-        _print_metadata(model, meta)
+        _print_metadata(path, meta)
+    if plot is not None:
+        if meta is None:
+            raise LukvError(f"{path}: no LU-KV table to draw")
+        from lukv_gguf.embed import profile_of
+        from lukv_gguf.plots import plot_profile
+
+        plot_profile(profile_of(meta, path.name), plot, meta.ratio)
+        click.echo(f"written  {plot}", err=as_json)
 
 
 @cli.command()
@@ -382,16 +399,68 @@ def heatmap(budget: np.ndarray, encoding: str = "utf-8") -> list[Text]:
     return [*lines, Text.assemble(*legend)]
 
 
-def _print_metadata(model: Path, meta: LukvMetadata) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _is_profile(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"  # a profile is a zip archive
+    except OSError:
+        return False  # reading it as a model tells what is wrong
 
-    console = Console(highlight=False, soft_wrap=True)
+
+def _inspect_profile(
+    path: Path, as_json: bool, plot: Path | None, metric: str | None, compare: tuple[Path, ...]
+) -> None:
+    import numpy as np
+
+    from lukv_gguf.profile_file import choose_profile
+    from lukv_gguf.stability import rank_correlation, split_half_correlation
+
+    profile = choose_profile(path, metric)
+    others = {other.stem: choose_profile(other, profile.metric) for other in compare}
+    at = int(np.abs(profile.ratios - defaults.RATIO).argmin())
+    ratio = float(profile.ratios[at])
+    stability = {}
+    if profile.query_budget is not None and len(profile.query_budget) > 1:
+        halves = split_half_correlation(profile.query_budget[:, [at]][:, :, profile.budgeted])
+        stability["halves of the queries"] = float(halves.mean())
+    for name, other in others.items():
+        table = other.budget_at(ratio)[None, profile.budgeted]
+        stability[name] = float(rank_correlation(profile.budget[[at]][:, profile.budgeted], table)[0])
+    if as_json:
+        fields = {
+            "metric": profile.metric,
+            "metric_params": dict(profile.metric_params),
+            "sink": profile.sink,
+            "recent": profile.recent,
+            "ratios": profile.ratios.tolist(),
+            "budget": profile.budget.tolist(),
+            "gap": [[None if np.isnan(gap) else gap for gap in layer] for layer in profile.gap.tolist()],
+            "rank_correlation": stability,
+            "provenance": dict(profile.provenance),
+        }
+        click.echo(json.dumps(fields))
+    else:
+        rows = {
+            "profile": str(path),
+            "metric": profile.metric + "".join(f", {name} {value}" for name, value in profile.metric_params.items()),
+            "protected": f"first {profile.sink}, last {profile.recent} tokens",
+            "grid": f"{len(profile.ratios)} ratios, {profile.ratios[0]:.4g} to {profile.ratios[-1]:.4g}",
+            f"heads at {ratio:.0%}": _spread(profile.budget[at]),
+            "optimality gap": f"{profile.gap.mean():.1%} of the importance, where every head keeps 20 %",
+            **{f"ρ, {name}": f"{value:.3f}" for name, value in stability.items()},
+            **profile.provenance,
+        }
+        _print_table(rows, profile.budget[at])
+    if plot is not None:
+        from lukv_gguf.plots import plot_profile
+
+        plot_profile(profile, plot, ratio, others)
+        click.echo(f"written  {plot}", err=as_json)
+
+
+def _print_metadata(model: Path, meta: LukvMetadata) -> None:
     ratios = meta.profile_ratios
     params = "".join(f", {name} {value}" for name, value in meta.metric_params.items())
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     rows = {
         "model": str(model),
         "state": "on" if meta.enabled else "off",
@@ -404,11 +473,22 @@ def _print_metadata(model: Path, meta: LukvMetadata) -> None:
         "profile": f"{len(ratios)} ratios, {ratios[0]:.4g} to {ratios[-1]:.4g}",
         **meta.provenance,
     }
+    _print_table(rows, meta.budget)
+
+
+def _print_table(rows: dict[str, str], budget: np.ndarray) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
     console.print()
-    for line in heatmap(meta.budget, console.encoding):
+    for line in heatmap(budget, console.encoding):
         console.print(line)
 
 

@@ -188,6 +188,22 @@ def build_metadata(
     )
 
 
+def profile_of(meta: LukvMetadata, model: str) -> Profile:
+    """The table of an embedded model as a profile: its budgets, blended as they are, and no measurements."""
+    from lukv_gguf.profile import Profile
+
+    return Profile(
+        metric=meta.metric,
+        metric_params=meta.metric_params,
+        sink=meta.sink,
+        recent=meta.recent,
+        ratios=meta.profile_ratios.astype(np.float64),
+        budget=meta.profile_budget.astype(np.float64),
+        gap=np.full(meta.budget.shape, np.nan),
+        provenance={"model": model, **meta.provenance},
+    )
+
+
 def strip_model(
     model: str | PathLike[str],
     output: str | PathLike[str] | None = None,
