@@ -160,7 +160,8 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
     The copy is a normal model everywhere: tensors and all other metadata stay the same, byte for byte.
     """
     _set_thread_policy()
-    from lukv_gguf.embed import default_output, embed_model
+    from lukv_gguf.embed import checkpoint_folder, default_output, embed_model
+    from lukv_gguf.gguf_header import read_header
 
     calibration_text = _calibration_text(options)
     if options["profile_path"] is not None:
@@ -170,11 +171,13 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
                 raise click.UsageError(f"{protocol[name]} is for profiling; with --profile it says nothing.")
             options.pop(name, None)
     started = time.monotonic()
-    with _progress_bars() as progress:
+    read_header(model)  # first of all, whether there is such a model
+    output = output or default_output(model)
+    with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
         meta = embed_model(
             model, output, overwrite=force, calibration_text=calibration_text, progress=progress, **options
         )
-    click.echo(f"written  {output or default_output(model)}")
+    click.echo(f"written  {output}")
     click.echo(f"keeps    {meta.ratio:.1%} of the KV cache, policy {meta.policy}, metric {meta.metric}")
     click.echo(f"heads    {_spread(meta.budget)}")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
@@ -196,6 +199,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     """
     _set_thread_policy()
     from lukv_gguf import metrics
+    from lukv_gguf.embed import checkpoint_folder
     from lukv_gguf.gguf_header import check_writable, name_beside, read_header
     from lukv_gguf.profile import Protocol, profile_metrics
     from lukv_gguf.profile_file import save_profiles
@@ -208,7 +212,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     _refuse_existing(output, force)
     chosen = [metrics.get(name.strip()) for name in metric.split(",")]
     started = time.monotonic()
-    with _progress_bars() as progress:
+    with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
         profiles = profile_metrics(
             header.path,
             chosen,
@@ -217,7 +221,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
             protocol=Protocol(**options),
             device=device,
             progress=progress,
-            checkpoint=output.with_name(output.name + ".partial"),
+            checkpoint=checkpoint_folder(output),
             start_over=force,
         )
     save_profiles(output, profiles)
@@ -353,6 +357,16 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(result.to_dict()))
     else:
         _print_bench(result)
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            click.echo(f"lukv-gguf: {checkpoint} keeps what is done; the same command goes on from there", err=True)
+        raise
 
 
 def _set_thread_policy() -> None:

@@ -42,6 +42,11 @@ def default_stripped_output(model: str | PathLike[str]) -> Path:
     return embedded.with_name(f"{stem}{STRIPPED_SUFFIX}{tail}")
 
 
+def checkpoint_folder(output: Path) -> Path:
+    """Where an interrupted profile waits to be taken up again: beside the output."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def embed_model(
     model: str | PathLike[str],
     output: str | PathLike[str] | None = None,
@@ -116,6 +121,8 @@ def embed_model(
             questions=questions,
             metric=metric or defaults.METRIC,
             progress=progress,
+            checkpoint=checkpoint_folder(output),
+            start_over=overwrite,
             **protocol,
         )
     if allocation != "lukv":

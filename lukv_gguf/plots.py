@@ -167,7 +167,7 @@ def _draw_stability(ax: Axes, profile: Profile, ratio: float, others: Mapping[st
     ax.set(title="Stability: rank correlation of the budgets", xlabel="of the cache, %", ylabel="Spearman's ρ",
            ylim=(np.floor(lowest * 10) / 10, 1.01))  # fmt: skip
     ax.margins(x=0.01)
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower left")
 
 
 def _page(profile: Profile, svg: str) -> str:

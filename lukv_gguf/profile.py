@@ -209,6 +209,8 @@ def profile_model(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    start_over: bool = False,
     **protocol: Any,
 ) -> Profile:
     """Profile a model for one metric; parameters as of `profile_metrics` and `Protocol`."""
@@ -222,6 +224,8 @@ def profile_model(
         dtype=dtype,
         device=device,
         progress=progress,
+        checkpoint=checkpoint,
+        start_over=start_over,
     )
     return profiles[chosen.name]
 
@@ -378,7 +382,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """The type of weights that a device computes fastest with: bfloat16 where it has instructions for it, or float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():  # torch has no public one
         return torch.bfloat16
     return torch.float32
 

@@ -104,15 +104,17 @@ def main() -> None:
     command = [sys.executable, "-m", "lukv_gguf.cli", "profile", str(model), "-o", str(output), "-f", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     peaks: dict[str, list[float]] = {}
+    stage = "answers"
     while process.poll() is None:
         now = status(process.pid)
-        stage = "layers" if (partial / "answers.json").exists() else "answers"
+        if (partial / "answers.json").exists():
+            stage = "layers"
         own, resident, last = peaks.setdefault(stage, [0, 0, 0])
         peaks[stage] = [max(own, now.get("RssAnon", 0)), max(resident, now.get("VmRSS", 0)), time.monotonic() - started]
         time.sleep(0.1)
     print(f"{model.stat().st_size / 2**30:.2f} GiB on the disk, {time.monotonic() - started:.0f} s")
     for stage, (own, resident, until) in peaks.items():
-        print(f"{stage:<8} until {until:4.0f} s: {own / 2**30:.2f} GiB of its own, {resident / 2**30:.2f} GiB resident")
+        print(f"{stage} until {until:.0f} s: {own / 2**30:.2f} GiB of its own, {resident / 2**30:.2f} GiB resident")
     sys.exit(process.returncode)
 
 

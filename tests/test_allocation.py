@@ -145,6 +145,7 @@ def test_fractions_are_checked(bad: float) -> None:
             apply_floor_and_blend(*arguments)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), st.integers(1, 9), st.floats(1.0, 50.0))
 def test_pyramid_falls_in_equal_steps(ratios: list[float], n_layer: int, beta: float) -> None:
     table = allocation.pyramid_kv(ratios, n_layer, 3, beta)
@@ -162,6 +163,7 @@ def test_pyramid_at_one_ratio() -> None:
         allocation.pyramid_kv(0.2, 3, 1, beta=0.5)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 1.0))
 def test_ada_kv_is_a_top_k_of_each_layer_above_the_safeguard(seed: int, safeguard: float) -> None:
     scores = -np.sort(-np.random.default_rng(seed).normal(size=(2, 3, 20)), axis=-1)

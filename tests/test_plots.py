@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from tiny_gguf import write_tiny
@@ -45,6 +45,7 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(cli.cli, [str(arg) for arg in args])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_rank_correlation_is_spearmans(seed: int) -> None:
     a, b = np.random.default_rng(seed).integers(0, 5, (2, 3, 4, 2))

@@ -155,7 +155,7 @@ class TestFile:
         with pytest.raises(LukvError, match="p.npz"):
             load_profiles(tmp_path / "p.npz")
 
-    @settings(max_examples=60)
+    @settings(max_examples=60, deadline=None)
     @given(st.data())
     def test_any_flipped_byte_is_read_or_told(self, small_file: Path, data: st.DataObject) -> None:
         path = small_file.with_name("flipped-p.npz")
@@ -320,6 +320,28 @@ class TestCommands:
         expected = apply_floor_and_blend(found.budget, found.ratios, 0.0, 0.15)
         np.testing.assert_allclose(meta.profile_budget, expected, atol=1e-5)
         assert len(meta.provenance["profile_sha256"]) == 64 and meta.provenance["questions"] == "2"
+
+    @pytest.mark.parametrize("command", ["profile", "embed"])
+    def test_an_interrupted_command_can_be_given_again(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        output = tmp_path / "p"
+        arguments = (command, model, "-o", output, "--engine", "llama", *self.OPTIONS)
+        save = checkpoint.Checkpoint.save_layer
+
+        def interrupt(self: checkpoint.Checkpoint, arrays: Any, streams: Any) -> None:
+            save(self, arrays, streams)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint.Checkpoint, "save_layer", interrupt)
+        for _ in range(4):
+            result = run(*arguments)
+            assert result.exit_code == 130
+            assert "p.partial keeps what is done; the same command goes on" in result.stderr
+            assert result.stderr.splitlines()[-1] == "lukv-gguf: interrupted"
+            assert [path.name for path in tmp_path.iterdir()] == ["p.partial"]
+        assert run(*arguments).exit_code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
     @pytest.mark.parametrize("allocation", ["uniform", "pyramidkv", "adakv"])
     def test_other_allocations(self, model: Path, tmp_path: Path, allocation: str) -> None:

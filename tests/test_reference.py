@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_gguf import CHAT_TEMPLATE, TinyModel, write_tiny
 from lukv_gguf import allocation
 from lukv_gguf.errors import LukvError
 from lukv_gguf.reference import ReferenceModel, Tokenizer
+from lukv_gguf.reference.gguf_file import GGUFFile
 
 
 
@@ -208,6 +210,39 @@ def test_unsupported_models_are_told(extra: dict[str, Any], message: str, tmp_pa
     path = write_tiny(tmp_path / "tiny.gguf", extra=extra).path
     with pytest.raises(LukvError, match=message):
         ReferenceModel.load(path)
+
+
+def test_quantised_tensors_are_read_in_pieces(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((300, 1024)).astype(np.float32)  # more than one piece
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    expected = {}
+    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.F16):
+        data = gguf.quantize(matrix, kind)
+        writer.add_tensor(kind.name, data, raw_dtype=kind)
+        expected[kind.name] = gguf.dequantize(data, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "q.gguf")
+    assert file.n_weight == 3 * matrix.size
+    for name, values in expected.items():
+        assert file.shape(name) == (300, 1024)
+        np.testing.assert_array_equal(file.tensor(name), values)
+        np.testing.assert_array_equal(file.rows(name, [299, 0, 7]), values[[299, 0, 7]])
+        assert torch.equal(file.tensor(name, torch.bfloat16), torch.from_numpy(values).to(torch.bfloat16))
+
+
+def test_a_type_without_dequantisation_is_told(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf").path
+    data = bytearray(path.read_bytes())
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16  # behind two dimensions
+    for number, name in ((gguf.GGMLQuantizationType.I32, "I32"), (999, "999")):
+        data[at : at + 4] = int(number).to_bytes(4, "little")
+        path.write_bytes(data)
+        with pytest.raises(LukvError, match=f"cannot dequantise token_embd.weight of type {name}"):
+            ReferenceModel.load(path).logits([5])
 
 
 def test_missing_tensor_is_told(tmp_path: Path) -> None:

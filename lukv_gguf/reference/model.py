@@ -68,7 +68,7 @@ class DecodeObserver(Protocol):
 
 @dataclass
 class _Norm:
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
 
@@ -206,12 +206,14 @@ class ReferenceModel:
         LukvError
             No tokens, or one outside the vocabulary.
         """
-        return self._run(tokens, progress, KVCache([], []), n_query)[1]
+        cache = KVCache([], [])
+        self._run(tokens, progress, cache, n_query)
+        return cache
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits at every position: [T, n_vocab], float32."""
-        return self._to_logits(self._run(tokens, None, None)[0])
+        return self._to_logits(self._run(tokens))
 
     @torch.inference_mode()
     def decode_batch(
@@ -281,8 +283,12 @@ class ReferenceModel:
     # One pass over a whole sequence
 
     def _run(
-        self, tokens: Sequence[int], progress: Progress | None, cache: KVCache | None, n_query: int = 0
-    ) -> tuple[Tensor, KVCache]:
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        cache: KVCache | None = None,
+        n_query: int = 0,
+    ) -> Tensor:
         self._check_tokens(tokens)
         x = self._embed(torch.tensor(tokens))
         positions = torch.arange(len(tokens))
@@ -294,7 +300,7 @@ class ReferenceModel:
                 cache.queries.append(q[:, max(0, q.shape[1] - n_query) :].clone())
             if progress is not None:
                 progress(i + 1, len(self._layers))
-        return x, cache if cache is not None else KVCache([], [])
+        return x
 
     def _prefill_layer(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One layer over a whole prompt: its queries, keys and values [heads, T, d], and the residual stream after it."""
@@ -497,7 +503,7 @@ class ReferenceModel:
             return x
         if weight.dim() == 1 and len(weight) != x.shape[-1]:
             return self._norm(x.flatten(-2), _Norm(weight, None)).view_as(x)
-        return self._norm(x, _Norm(torch.ones_like(x[(0,) * (x.dim() - 1)]), None)) * weight
+        return self._norm(x, _Norm(None, None)) * weight
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x.to(weight.dtype), weight).to(torch.float32)
