@@ -20,3 +20,9 @@ RECENT = 16
 """Tokens at the end of a sequence that are never evicted."""
 POLICY = "capacity"
 """When to evict: a head that is full (capacity), or once after the prompt (prefill)."""
+N_CONTEXT = 4000
+"""Most tokens of a calibration text, as in the paper."""
+K_MAX = 32
+"""Most decoding steps of an answer."""
+N_RATIO = 99
+"""Ratios of the grid, 1 % to 99 %, as in the paper."""

@@ -66,10 +66,10 @@ class Protocol:
 
     sink: int = defaults.SINK
     recent: int = defaults.RECENT
-    n_context: int = 4000
+    n_context: int = defaults.N_CONTEXT
     n_query: int | None = None
-    max_new_tokens: int = 32
-    n_ratio: int = len(GRID_RATIOS)
+    max_new_tokens: int = defaults.K_MAX
+    n_ratio: int = defaults.N_RATIO
     objective: oracle.Objective = "relative"
     group: oracle.Group = "mean"
     engine: str = "auto"
