@@ -53,7 +53,8 @@ class Checkpoint:
         if not same:
             if not discard:
                 raise LukvError(
-                    f"{folder}: left by a run on another model or with other parameters; remove it, or start over with -f"
+                    f"{folder}: left by a run on another model or with other parameters; "
+                    "remove it, or start over with -f"
                 )
             self.remove()
 

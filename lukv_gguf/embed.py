@@ -139,7 +139,8 @@ def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHea
     found, wanted = profile.budget.shape[1:], metadata.model_shape(header)
     if found != wanted:
         raise LukvError(
-            f"{path}: made for a model of {metadata.shape_text(*found)}, {header.path} has {metadata.shape_text(*wanted)}"
+            f"{path}: made for a model of {metadata.shape_text(*found)}, "
+            f"{header.path} has {metadata.shape_text(*wanted)}"
         )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return replace(profile, provenance={**profile.provenance, "profile_sha256": digest})

@@ -31,6 +31,9 @@ _STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+_PAGE_STYLE = (
+    "body{font-family:sans-serif;margin:2em} svg{max-width:100%;height:auto} th{text-align:left;padding-right:1em}"
+)
 
 
 def plot_profile(
@@ -180,8 +183,7 @@ def _page(profile: Profile, svg: str) -> str:
         }.items()
     )
     title = html.escape(f"{profile.provenance.get('model', '')} {profile.metric}".strip())
-    style = "body{font-family:sans-serif;margin:2em}svg{max-width:100%;height:auto}th{text-align:left;padding-right:1em}"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
-        f"<body>{svg[svg.index('<svg') :]}<table>{rows}</table></body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_PAGE_STYLE}</style>'
+        f"</head><body>{svg[svg.index('<svg') :]}<table>{rows}</table></body></html>\n"
     )

@@ -379,7 +379,7 @@ def find_device(name: str) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The type of weights that a device computes fastest with: bfloat16 where it has instructions for it, or float32."""
+    """The type of weights that a device computes fastest with: bfloat16 where it has instructions for it."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():  # torch has no public one

@@ -1,4 +1,4 @@
-"""Does one profile serve all tasks? Rank correlations between budgets that were measured on different queries or texts."""
+"""Does one profile serve all tasks? Rank correlations between budgets from different queries or texts."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def main() -> None:
         rest -= spent
         used = dtype if name.startswith("projections") else torch.float32
         rate = work[name] * config.n_layer / spent
-        print(f"{name:<26}{spent:6.1f} s{spent / total:7.0%}{rate / 1e9:7.0f} GFLOP/s, {rate / rates[used]:.0%} of {used}")
+        share = f"{rate / 1e9:7.0f} GFLOP/s, {rate / rates[used]:.0%} of {used}"
+        print(f"{name:<26}{spent:6.1f} s{spent / total:7.0%}{share}")
     print(f"{'everything else':<26}{rest:6.1f} s{rest / total:7.0%}")
 
 

@@ -2,8 +2,8 @@
 
     python scripts/profile_memory.py --folder /tmp/8b [options of lukv-gguf profile]
 
-Two figures a stage: memory of the process's own, and all that is resident. While llama.cpp answers, the latter includes the
-mapped model file, whose pages the system takes back when it needs them.
+Two figures a stage: memory of the process's own, and all that is resident. While llama.cpp answers, the latter includes
+the mapped model file, whose pages the system takes back when it needs them.
 """
 
 from __future__ import annotations

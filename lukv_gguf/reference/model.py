@@ -129,6 +129,9 @@ class ReferenceModel:
 
     The residual stream, norms and attention are float32; the weights, and the activations that they
     multiply, have the dtype that the model was loaded with. Make one with `ReferenceModel.load`.
+
+    `oracle.teacher_force` and `bounded.BoundedDecoder` walk through its layers themselves, with the
+    methods for parts of a layer.
     """
 
     def __init__(self, file: GGUFFile, dtype: torch.dtype, device: torch.device, stream: bool = False) -> None:
@@ -303,7 +306,7 @@ class ReferenceModel:
         return x
 
     def _prefill_layer(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One layer over a whole prompt: its queries, keys and values [heads, T, d], and the residual stream after it."""
+        """One layer over a whole prompt: queries, keys and values [heads, T, d], and the residual stream after it."""
         q, k, v = (t.transpose(0, 1).contiguous() for t in self._project(layer, x, positions))
         heads = (k.repeat_interleave(self.config.n_group, 0), v.repeat_interleave(self.config.n_group, 0))
         attended = self._attend_causally(layer, q, *heads)
@@ -457,7 +460,7 @@ class ReferenceModel:
         written = self._linear(attended, layer.attn_output, layer.attn_output_bias)
         after = x + self.config.residual_scale * self._norm(written, layer.attn_post_norm)
         if self.config.family.parallel_mlp:
-            return torch.cat([y + self._ffn(layer, rows) for y, rows in zip(after.split(_MLP_ROWS), x.split(_MLP_ROWS))])
+            return after + torch.cat([self._ffn(layer, rows) for rows in x.split(_MLP_ROWS)])
         return torch.cat([rows + self._ffn(layer, rows) for rows in after.split(_MLP_ROWS)])
 
     def _ffn(self, layer: _Layer, x: Tensor) -> Tensor:
