@@ -454,13 +454,15 @@ def _inspect_profile(
         }
         click.echo(json.dumps(fields))
     else:
+        measured = bool(np.isfinite(profile.gap).all())
+        gap = f"{profile.gap.mean():.1%} of the importance, where every head keeps 20 %" if measured else "not measured"
         rows = {
             "profile": str(path),
             "metric": profile.metric + "".join(f", {name} {value}" for name, value in profile.metric_params.items()),
             "protected": f"first {profile.sink}, last {profile.recent} tokens",
             "grid": f"{len(profile.ratios)} ratios, {profile.ratios[0]:.4g} to {profile.ratios[-1]:.4g}",
             f"heads at {ratio:.0%}": _spread(profile.budget[at]),
-            "optimality gap": f"{profile.gap.mean():.1%} of the importance, where every head keeps 20 %",
+            "optimality gap": gap,
             **{f"ρ, {name}": f"{value:.3f}" for name, value in stability.items()},
             **profile.provenance,
         }

@@ -396,6 +396,8 @@ class TestCommands:
         assert_error(run("export-curve", tmp_path / "p.npz", "-o", tmp_path / "c.npy"), "exists")
         arguments = ("import-curve", tmp_path / "c.npy", "--metric", "keydiff", "--model")
         assert run(*arguments, model, "-o", tmp_path / "q.npz").exit_code == 0
+        shown = run("inspect", tmp_path / "q.npz").stdout
+        assert "not measured" in shown and "head 1" in shown and "nan" not in shown
         assert run("embed", model, "--profile", tmp_path / "q.npz", "-o", tmp_path / "m.gguf").exit_code == 0
         assert_error(run("embed", model, "--profile", tmp_path / "q.npz", "--allocation", "adakv"), "holds no scores")
         other = write_tiny(tmp_path / "other.gguf").path
