@@ -187,7 +187,8 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PROFILE",
               help="Output file.  [default: MODEL-profile.npz beside the input]")
-@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output, and start over.")
+@click.option("-f", "--force", is_flag=True,
+              help="Overwrite an existing output, and drop what an interrupted run with other parameters left.")
 @click.option("--metric", default=defaults.METRIC, show_default=True,
               help="Scores that rank a head's tokens, separated by commas.")
 @_protocol_options
