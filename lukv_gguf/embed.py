@@ -208,7 +208,7 @@ def profile_of(meta: LukvMetadata, model: str) -> Profile:
         ratios=meta.profile_ratios.astype(np.float64),
         budget=meta.profile_budget.astype(np.float64),
         gap=np.full(meta.budget.shape, np.nan),
-        provenance={"model": model, **meta.provenance},
+        provenance={**meta.provenance, "profiled_model": model},
     )
 
 

@@ -70,7 +70,7 @@ def plot_profile(
         panels.append(_draw_stability)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 3.1 * ((len(panels) + 1) // 2) + 0.4), layout="constrained")
-        model = profile.provenance.get("model", "")
+        model = profile.provenance.get("profiled_model", "")
         figure.suptitle(f"{model}: {profile.metric}".removeprefix(": "), x=0.01, ha="left", fontweight="bold")
         axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).ravel()
         for draw, ax in zip(panels, axes):
@@ -182,7 +182,7 @@ def _page(profile: Profile, svg: str) -> str:
             **profile.provenance,
         }.items()
     )
-    title = html.escape(f"{profile.provenance.get('model', '')} {profile.metric}".strip())
+    title = html.escape(f"{profile.provenance.get('profiled_model', '')} {profile.metric}".strip())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_PAGE_STYLE}</style>'
         f"</head><body>{svg[svg.index('<svg') :]}<table>{rows}</table></body></html>\n"

@@ -320,7 +320,7 @@ def profile_metrics(
         seen = _measure_by_layer(run, saved)
 
     provenance = {
-        "model": str(read_header(path).value("general.name") or Path(path).stem),
+        "profiled_model": str(read_header(path).value("general.name") or Path(path).stem),
         "architecture": model.config.family.architecture,
         "objective": protocol.objective,
         "group": protocol.group,

@@ -176,7 +176,7 @@ def import_curve(
         ratios=CURVE_RATIOS,
         budget=budget,
         gap=np.full(budget.shape[1:], np.nan),
-        provenance={"model": model, "curve": Path(path).name},
+        provenance={"profiled_model": model, "curve": Path(path).name},
     )
 
 

@@ -36,7 +36,7 @@ def make(seed: int = 0, **changes: Any) -> Profile:
         "marginal": -np.sort(-rng.random((4, 3, 50)), axis=-1),
         "scores": -np.sort(-rng.random((4, 3, 50)), axis=-1),
         "query_budget": query_budget,
-        "provenance": {"model": "a <model> & more"},
+        "provenance": {"profiled_model": "a <model> & more"},
     }
     return Profile("keydiff", {}, 4, 16, ratios, query_budget.mean(axis=0), **{**fields, **changes})
 

@@ -321,6 +321,8 @@ class TestCommands:
         expected = apply_floor_and_blend(found.budget, found.ratios, 0.0, 0.15)
         np.testing.assert_allclose(meta.profile_budget, expected, atol=1e-5)
         assert len(meta.provenance["profile_sha256"]) == 64 and meta.provenance["questions"] == "2"
+        shown = "".join(run("inspect", tmp_path / "m.gguf").stdout.split())  # long paths are folded
+        assert f"model{tmp_path / 'm.gguf'}" in shown and "profiled_modeltiny" in shown
 
     @pytest.mark.parametrize("command", ["profile", "embed"])
     def test_an_interrupted_command_can_be_given_again(
