@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"arch": "qwen3", "tied_embeddings": True, "n_head": 6, "n_head_kv": 2},
     "llama-yarn": {"extra": {**scaling("llama", "yarn", 4.0), "llama.rope.scaling.original_context_length": 64}},
     "qwen2-yarn": {"arch": "qwen2", "rope_base": 1e6, "d_head": 32, "extra": scaling("qwen2", "yarn", 4.0)},
+    "mistral": {"n_head": 8, "rope_base": 1e6, "extra": {"llama.attention.sliding_window": 40}},  # llama.cpp ignores it
     "llama-experts": {"arch": "llama", "n_expert": 4},
     "qwen2moe": {"arch": "qwen2moe"},
     "qwen3moe": {"arch": "qwen3moe", "n_expert": 8},
