@@ -56,7 +56,7 @@ class Checkpoint:
                     f"{folder}: left by a run on another model or with other parameters; "
                     "remove it, or start over with -f"
                 )
-            self.remove()
+            discard_folder(folder)
 
     def answers(self) -> list[list[int]] | None:
         """The answers of the model, once they are known."""
@@ -89,15 +89,6 @@ class Checkpoint:
         prefix, queries = streams.prefix.cpu().numpy(), streams.queries.cpu().numpy()
         self._write_arrays("streams.npz", {"layer": np.array(streams.layer), "prefix": prefix, "queries": queries})
 
-    def remove(self) -> None:
-        """Forget everything."""
-        try:
-            shutil.rmtree(self._folder)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise LukvError(f"cannot remove {self._folder}: {error.strerror or error}") from None
-
     def _read(self, name: str) -> Arrays | None:
         try:
             with np.load(self._folder / name, allow_pickle=False) as file:
@@ -123,6 +114,22 @@ class Checkpoint:
             yield
         except OSError as error:
             raise LukvError(f"cannot write {self._folder}: {error.strerror or error}") from None
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a checkpoint, if there is one.
+
+    Raises
+    ------
+    LukvError
+        It cannot be removed.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise LukvError(f"cannot remove {folder}: {error.strerror or error}") from None
 
 
 def _layer_name(index: int) -> str:

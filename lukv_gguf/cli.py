@@ -200,6 +200,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     """
     _set_thread_policy()
     from lukv_gguf import metrics
+    from lukv_gguf.checkpoint import discard_folder
     from lukv_gguf.embed import checkpoint_folder
     from lukv_gguf.gguf_header import check_writable, name_beside, read_header
     from lukv_gguf.profile import Protocol, profile_metrics
@@ -226,6 +227,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
             start_over=force,
         )
     save_profiles(output, profiles)
+    discard_folder(checkpoint_folder(output))
     click.echo(f"written  {output}")
     for name, found in profiles.items():
         click.echo(f"{name:<8} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")

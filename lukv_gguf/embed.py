@@ -107,6 +107,7 @@ def embed_model(
         raise LukvError(f"policy must be {' or '.join(metadata.POLICIES)}, is {policy!r}")
     _check_output(header, output, overwrite)
 
+    checkpoint = None
     if profile_path is not None:
         profile = _read_profile(profile_path, metric, header)
     elif allocation in ("uniform", "pyramidkv"):
@@ -115,13 +116,14 @@ def embed_model(
         from lukv_gguf.profile import profile_model  # torch: slow to import, and not needed for the checks
 
         context, questions = calibration_text or calibration.load_default()
+        checkpoint = checkpoint_folder(output)
         profile = profile_model(
             model,
             context=context,
             questions=questions,
             metric=metric or defaults.METRIC,
             progress=progress,
-            checkpoint=checkpoint_folder(output),
+            checkpoint=checkpoint,
             start_over=overwrite,
             **protocol,
         )
@@ -129,6 +131,10 @@ def embed_model(
         profile = profile.allocated(allocation)
     meta = build_metadata(profile, ratio=ratio, policy=policy, floor=floor, blend=blend, allocation=allocation)
     metadata.embed(model, output, meta, lambda done, total: progress and progress(WRITE_STAGE, done, total))
+    if checkpoint is not None:
+        from lukv_gguf.checkpoint import discard_folder
+
+        discard_folder(checkpoint)
     return meta
 
 

@@ -269,8 +269,8 @@ def profile_metrics(
     progress
         Called as the work goes on.
     checkpoint
-        A folder that keeps what is done, so that the same call after an interruption goes on from there; removed at the
-        end. Not for the engine ``torch``.
+        A folder that keeps what is done, so that the same call after an interruption goes on from there. Remove it with
+        `checkpoint.discard_folder` once the result is stored. Not used by the engine ``torch``.
     start_over
         Drop a checkpoint of another call instead of raising.
 
@@ -357,8 +357,6 @@ def profile_metrics(
             scores=scores.astype(np.float32),
             query_budget=solution.query_budget.astype(np.float32),
         )
-    if saved is not None:
-        saved.remove()
     return profiles
 
 

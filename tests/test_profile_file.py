@@ -250,6 +250,7 @@ class TestCheckpoint:
         assert runs == 4 and len(measured) == 7  # each run but the last loses one layer, and none of four twice
         for name in whole:
             assert_same(found[name], whole[name])
+        checkpoint.discard_folder(folder)
         assert not folder.exists()
 
     def test_answers_are_asked_for_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +346,21 @@ class TestCommands:
             assert [path.name for path in tmp_path.iterdir()] == ["p.partial"]
         assert run(*arguments).exit_code == 0
         assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+    def test_a_result_that_cannot_be_written_is_not_lost(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        arguments = ("profile", model, "-o", tmp_path / "p.npz", "--engine", "llama", *self.OPTIONS)
+        monkeypatch.setattr(np, "savez_compressed", full)
+        assert_error(run(*arguments), "p.npz: disk is full")
+        assert [path.name for path in tmp_path.iterdir()] == ["p.npz.partial"]
+        monkeypatch.undo()
+        monkeypatch.setattr(profile, "decode_answers", lambda *a, **k: pytest.fail("asked again"))
+        assert run(*arguments).exit_code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
 
     @pytest.mark.parametrize("allocation", ["uniform", "pyramidkv", "adakv"])
     def test_other_allocations(self, model: Path, tmp_path: Path, allocation: str) -> None:
