@@ -43,6 +43,7 @@ def gain_of(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.take_along_axis(kept[None], counts[:, :, None], axis=2).sum(axis=(1, 2))
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_greedy_is_optimal_on_the_relaxed_problem(gains: np.ndarray) -> None:
     relaxed = concave_envelope(gains)
@@ -50,6 +51,7 @@ def test_greedy_is_optimal_on_the_relaxed_problem(gains: np.ndarray) -> None:
     np.testing.assert_allclose(gain_of(relaxed, counts), best_gain(relaxed), atol=ROUNDING, rtol=ROUNDING)
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_greedy_is_optimal_on_the_original_problem_when_it_is_convex(gains: np.ndarray) -> None:
     falling = -np.sort(-gains, axis=1)
@@ -57,6 +59,7 @@ def test_greedy_is_optimal_on_the_original_problem_when_it_is_convex(gains: np.n
     np.testing.assert_allclose(gain_of(falling, counts), best_gain(falling), atol=ROUNDING, rtol=ROUNDING)
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_counts_sum_to_the_total_and_grow_with_it(gains: np.ndarray) -> None:
     totals = np.arange(gains.size + 1)
@@ -81,6 +84,7 @@ def test_total_out_of_range(total: int) -> None:
         greedy_counts(np.zeros((2, 2)), [total])
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_envelope_is_the_smallest_concave_majorant(gains: np.ndarray) -> None:
     relaxed = concave_envelope(gains)
@@ -114,7 +118,7 @@ budgets = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)).fla
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(budgets, fractions, fractions)
 def test_floor_and_blend_keep_mean_and_bounds(budget: np.ndarray, floor: float, blend: float) -> None:
     ratio = budget.mean(axis=(1, 2))
@@ -124,6 +128,7 @@ def test_floor_and_blend_keep_mean_and_bounds(budget: np.ndarray, floor: float, 
     assert (result >= np.minimum(floor, ratio)[:, None, None] - 1e-12).all()
 
 
+@settings(deadline=None)
 @given(budgets, fractions)
 def test_a_budget_of_another_mean_is_brought_to_the_ratio(budget: np.ndarray, ratio: float) -> None:
     result = apply_floor_and_blend(budget, np.full(len(budget), ratio))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_gguf import TinyModel, write_tiny
@@ -133,6 +133,7 @@ def test_unknown_choices_are_told(tmp_path: Path) -> None:
 importances = arrays(np.float32, (3, 12), elements=st.floats(0, 100, width=32))
 
 
+@settings(deadline=None)
 @given(importances, st.integers(0, 12))
 def test_gap_is_the_difference_of_two_loss_curves(importance: np.ndarray, kept: int) -> None:
     ranking = np.array([np.random.default_rng(kept + i).permutation(12) for i in range(3)])
