@@ -93,8 +93,7 @@ def greedy_counts(relaxed_gains: FloatArray, totals: npt.ArrayLike) -> IntArray:
     n_head, n_position = relaxed_gains.shape
     if totals.size and (totals.min() < 0 or totals.max() > n_head * n_position):
         raise LukvError(f"a total budget must lie between 0 and {n_head * n_position} cells")
-    by_rank_then_head = np.ascontiguousarray(relaxed_gains.T).reshape(-1)
-    taken_head = np.argsort(-by_rank_then_head, kind="stable") % n_head
+    taken_head = _heads_by_gain(relaxed_gains)
     # Between two neighbouring totals, count what each head takes; their running sums are the counts.
     order = np.argsort(totals, kind="stable")
     edges = np.concatenate(([0], totals[order]))
@@ -121,6 +120,77 @@ def uniform(ratio: npt.ArrayLike, n_layer: int, n_head_kv: int) -> FloatArray:
     ratio = np.asarray(ratio, dtype=np.float64)
     _check_fractions("ratio", ratio)
     return np.broadcast_to(ratio[..., None, None], (*ratio.shape, n_layer, n_head_kv)).copy()
+
+
+def pyramid_kv(ratio: npt.ArrayLike, n_layer: int, n_head_kv: int, beta: float = 20.0) -> FloatArray:
+    """Kept fractions that fall from the first layer to the last in equal steps, alike for all heads of a layer.
+
+    The last layer keeps ``ratio / beta``, the first one as much above the mean as that is below it. Where the first
+    would keep more than everything, it keeps everything, and the last one what the mean leaves.
+
+    Parameters
+    ----------
+    ratio : float or array [n]
+        Kept fraction of the whole cache, in [0, 1]: the mean of the result.
+    beta : float
+        At least 1; 1 is uniform.
+
+    Returns
+    -------
+    array [L, H] or [n, L, H]
+
+    References
+    ----------
+    Cai et al., "PyramidKV", arXiv 2406.02069; beta and the order of steps as in kvpress.
+    """
+    if not beta >= 1.0:
+        raise LukvError(f"beta must be at least 1, is {beta:g}")
+    mean = uniform(ratio, n_layer, n_head_kv)
+    first = np.minimum(2.0 * mean - mean / beta, 1.0)
+    step = np.linspace(1.0, -1.0, n_layer)[:, None] if n_layer > 1 else np.zeros((1, 1))
+    return np.clip(mean + (first - mean) * step, 0.0, 1.0)
+
+
+def ada_kv(scores: FloatArray, ratios: npt.ArrayLike, safeguard: float = 0.2) -> FloatArray:
+    """Every layer keeps the same, split over its heads by where its best scores are.
+
+    Each head keeps its best ``safeguard * ratio * T`` positions in any case; what a layer has left goes to the largest
+    of its scores, whatever head they are in.
+
+    Parameters
+    ----------
+    scores : array [L, H, T]
+        A metric's scores, non-increasing along the last axis.
+    ratios : array [n]
+        Kept fractions of the whole cache, in [0, 1].
+    safeguard : float
+        In [0, 1]; 1 is uniform.
+
+    Returns
+    -------
+    array [n, L, H]
+        The mean of every layer is its ratio, to within rounding of one cell.
+
+    References
+    ----------
+    Feng et al., "Ada-KV", arXiv 2407.11550. Static here: the scores are those of one text.
+    """
+    ratios = np.atleast_1d(np.asarray(ratios, dtype=np.float64))
+    _check_fractions("ratio", ratios)
+    _check_fractions("safeguard", np.asarray(safeguard))
+    n_layer, n_head, n_position = scores.shape
+    totals = np.rint(ratios * n_head * n_position).astype(np.int64)
+    floors = np.minimum((safeguard * ratios * n_position).astype(np.int64), totals // n_head)
+    counts = np.empty((len(ratios), n_layer, n_head))
+    for layer, of_layer in enumerate(scores):
+        # by_score[m]: what each head has among the m best of the layer. Kept in all is then Σ max(by_score[m], floor),
+        # which grows with m by at most one: it meets every total.
+        taken = _heads_by_gain(of_layer)[:, None] == np.arange(n_head)
+        by_score = np.concatenate((np.zeros((1, n_head), np.int32), np.cumsum(taken, axis=0, dtype=np.int32)))
+        for i, (floor, total) in enumerate(zip(floors, totals)):
+            kept = np.maximum(by_score, floor).sum(axis=1)
+            counts[i, layer] = np.maximum(by_score[np.searchsorted(kept, total)], floor)
+    return counts / n_position
 
 
 def apply_floor_and_blend(
@@ -168,6 +238,12 @@ def apply_floor_and_blend(
     result = lowest + shrink * (lifted - lowest)
     result += fill * (1.0 - result)
     return np.clip(result, 0.0, 1.0)
+
+
+def _heads_by_gain(gains: FloatArray) -> IntArray:
+    """The head of each of the gains [heads, T], largest first; equal ones by rank, then by head: [heads * T]."""
+    by_rank_then_head = np.ascontiguousarray(gains.T).reshape(-1)
+    return np.argsort(-by_rank_then_head, kind="stable") % len(gains)
 
 
 def _check_fractions(name: str, values: FloatArray) -> None:

@@ -33,7 +33,7 @@ _COLOURS = ("grey50", "#46337f", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a
 _TERMINAL_COLUMNS = 80
 _LABEL_COLUMNS = 8
 _CELL_COLUMNS = 2
-_STAGE_NAMES = {"write": "writing the model"}
+_STAGE_NAMES = {"answer": "answering", "measure": "measuring layers", "write": "writing the model"}
 
 
 class _OneLineError(click.ClickException):
@@ -88,6 +88,51 @@ def main() -> None:
     cli(prog_name="lukv-gguf")
 
 
+def _protocol_options(command: Any) -> Any:
+    """The options of a profile, for the commands that make one."""
+    options = [
+        click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
+                     help="Tokens never evicted at the start."),
+        click.option("--recent", type=click.IntRange(min=0), default=defaults.RECENT, show_default=True,
+                     help="Tokens never evicted at the end."),
+        click.option("--objective", type=click.Choice(["relative", "paper"]), default=defaults.OBJECTIVE,
+                     show_default=True, help="Importance relative to the residual stream, or as in the paper."),
+        click.option("--group", type=click.Choice(["mean", "max"]), default="mean", show_default=True,
+                     help="How the query heads that share a KV head are combined."),
+        click.option("--calibration", type=click.Choice(["prose", "code", "dialogue"]), default="prose",
+                     show_default=True, help="Calibration text and questions that come with the program."),
+        click.option("--context", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Your own calibration text, with --questions."),
+        click.option("--questions", type=click.Path(path_type=Path), metavar="FILE",
+                     help='Its questions: JSON, {"questions": ["…"]}.'),
+        click.option("--n-context", type=click.IntRange(min=1), default=defaults.N_CONTEXT, show_default=True,
+                     help="Most tokens of the calibration text."),
+        click.option("--n-query", type=click.IntRange(min=1), help="Questions to ask.  [default: all]"),
+        click.option("--k-max", "max_new_tokens", type=click.IntRange(min=1), default=defaults.K_MAX,
+                     show_default=True, help="Most tokens of an answer."),
+        click.option("--grid", "n_ratio", type=click.IntRange(min=1), default=defaults.N_RATIO,
+                     show_default=True, help="Ratios to solve for."),
+        click.option("--engine", type=click.Choice(["auto", "llama", "torch"]), default="auto", show_default=True,
+                     help="Who answers the questions: the model in llama.cpp, or the torch reference with all weights in "
+                     "memory; auto takes torch for at most 10⁹ weights."),
+        click.option("--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, mps."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
+    """Take the options of the calibration text out, and return what they name."""
+    from lukv_gguf import calibration
+
+    context, questions = options.pop("context"), options.pop("questions")
+    if (context is None) != (questions is None):
+        raise click.UsageError("--context and --questions go together.")
+    name = options.pop("calibration")
+    return calibration.load(context, questions) if context else calibration.load_default(name)
+
+
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
 @click.option("-r", "--ratio", type=float, default=defaults.RATIO, show_default=True,
@@ -98,48 +143,41 @@ def main() -> None:
               help="Overwrite an existing output. One that carries a LU-KV table is replaced in any case.")
 @click.option("--policy", type=click.Choice(["capacity", "prefill"]), default=defaults.POLICY, show_default=True,
               help="When to evict: from a head that is full, or once after the prompt.")
-@click.option("--metric", default=defaults.METRIC, show_default=True, help="Score that ranks a head's tokens.")
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="PROFILE",
+              help="Take the budgets from this file (lukv-gguf profile) instead of profiling.")
+@click.option("--metric", help=f"Score that ranks a head's tokens.  [default: {defaults.METRIC}, or the profile's]")
+@click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
+              default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
 @click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
               help="Kept fraction that no head falls below.")
-@click.option("--blend", type=float, default=defaults.BLEND, show_default=True,
+@click.option("--blend", type=float, show_default=f"{defaults.BLEND} for lukv, else 0",
               help="Share of uniform budgets mixed in, 0 to 1.")
-@click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
-              help="Tokens never evicted at the start.")
-@click.option("--recent", type=click.IntRange(min=0), default=defaults.RECENT, show_default=True,
-              help="Tokens never evicted at the end.")
-@click.option("--objective", type=click.Choice(["relative", "paper"]), default=defaults.OBJECTIVE, show_default=True,
-              help="Importance relative to the residual stream, or as in the paper.")
-@click.option("--context", type=click.Path(path_type=Path), metavar="FILE",
-              help="Your own calibration text, with --questions.")
-@click.option("--questions", type=click.Path(path_type=Path), metavar="FILE",
-              help='Its questions: JSON, {"questions": ["…"]}.')
-def embed(
-    model: Path,
-    output: Path | None,
-    force: bool,
-    context: Path | None,
-    questions: Path | None,
-    **options: Any,
-) -> None:
+@_protocol_options
+@click.pass_context
+def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **options: Any) -> None:
     """Profile a model, solve its budgets, and write a copy that carries them.
 
     The copy is a normal model everywhere: tensors and all other metadata stay the same, byte for byte.
     """
-    # read when torch is loaded: threads that spin at every barrier stall as soon as anything else wants the cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _set_thread_policy()
+    from lukv_gguf.embed import checkpoint_folder, default_output, embed_model
+    from lukv_gguf.gguf_header import read_header
 
-    from lukv_gguf import calibration
-    from lukv_gguf.embed import default_output, embed_model
-
-    if (context is None) != (questions is None):
-        raise click.UsageError("--context and --questions go together.")
-    calibration_text = calibration.load(context, questions) if context and questions else None
+    calibration_text = _calibration_text(options)
+    if options["profile_path"] is not None:
+        protocol = {param.name: param.opts[0] for param in profile.params if param.name in ctx.params}
+        for name in protocol.keys() - {"model", "output", "force", "metric"}:
+            if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{protocol[name]} is for profiling; with --profile it says nothing.")
+            options.pop(name, None)
     started = time.monotonic()
-    with _progress_bars() as progress:
+    read_header(model)  # first of all, whether there is such a model
+    output = output or default_output(model)
+    with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
         meta = embed_model(
             model, output, overwrite=force, calibration_text=calibration_text, progress=progress, **options
         )
-    click.echo(f"written  {output or default_output(model)}")
+    click.echo(f"written  {output}")
     click.echo(f"keeps    {meta.ratio:.1%} of the KV cache, policy {meta.policy}, metric {meta.metric}")
     click.echo(f"heads    {_spread(meta.budget)}")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
@@ -147,18 +185,138 @@ def embed(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PROFILE",
+              help="Output file.  [default: MODEL-profile.npz beside the input]")
+@click.option("-f", "--force", is_flag=True,
+              help="Overwrite an existing output, and drop what an interrupted run with other parameters left.")
+@click.option("--metric", default=defaults.METRIC, show_default=True,
+              help="Scores that rank a head's tokens, separated by commas.")
+@_protocol_options
+def profile(model: Path, output: Path | None, force: bool, metric: str, **options: Any) -> None:
+    """Measure a model's heads, and write what was found to one file.
+
+    `embed --profile` turns it into budgets, for any ratio and for any quantisation of the model. With the engine llama
+    an interrupted run goes on where it was when the same command is given again.
+    """
+    _set_thread_policy()
+    from lukv_gguf import metrics
+    from lukv_gguf.checkpoint import discard_folder
+    from lukv_gguf.embed import checkpoint_folder
+    from lukv_gguf.gguf_header import check_writable, name_beside, read_header
+    from lukv_gguf.profile import Protocol, profile_metrics
+    from lukv_gguf.profile_file import save_profiles
+
+    context, questions = _calibration_text(options)
+    device = options.pop("device")
+    header = read_header(model)
+    output = output or name_beside(model, "-profile").with_suffix(".npz")
+    check_writable(output, 1 << 20)
+    _refuse_existing(output, force)
+    chosen = [metrics.get(name.strip()) for name in metric.split(",")]
+    started = time.monotonic()
+    with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
+        profiles = profile_metrics(
+            header.path,
+            chosen,
+            context=context,
+            questions=questions,
+            protocol=Protocol(**options),
+            device=device,
+            progress=progress,
+            checkpoint=checkpoint_folder(output),
+            start_over=force,
+        )
+    save_profiles(output, profiles)
+    discard_folder(checkpoint_folder(output))
+    click.echo(f"written  {output}")
+    for name, found in profiles.items():
+        click.echo(f"{name:<8} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
+    click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
+
+
+@cli.command("export-curve")
+@click.argument("profile_path", type=click.Path(path_type=Path), metavar="PROFILE")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CURVE.npy", required=True,
+              help="Output file.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--metric", help="Which of the profile's metrics.  [default: the only one]")
+def export_curve(profile_path: Path, output: Path, force: bool, metric: str | None) -> None:
+    """Write a profile as the LU-KV project and kvpress read it: [99, layers, KV heads], pruned fractions."""
+    from lukv_gguf.profile_file import choose_profile
+    from lukv_gguf.profile_file import export_curve as export
+
+    _refuse_existing(output, force)
+    chosen = choose_profile(profile_path, metric)
+    export(output, chosen)
+    click.echo(f"written  {output}")
+    click.echo(f"for      {chosen.metric}, sink {chosen.sink}, window {chosen.recent}")
+
+
+@cli.command("import-curve")
+@click.argument("curve", type=click.Path(path_type=Path), metavar="CURVE.npy")
+@click.option("--model", type=click.Path(path_type=Path), metavar="MODEL.gguf", required=True,
+              help="The model that it was made for.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PROFILE", required=True,
+              help="Output file.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--metric", required=True, help="The metric that it was made for.")
+@click.option("--sink", type=click.IntRange(min=0), default=defaults.SINK, show_default=True,
+              help="Its tokens never evicted at the start.")
+@click.option("--recent", type=click.IntRange(min=0), default=1, show_default=True,
+              help="Its tokens never evicted at the end.")
+def import_curve(
+    curve: Path, model: Path, output: Path, force: bool, metric: str, sink: int, recent: int
+) -> None:
+    """Make a profile from a curve of the LU-KV project: [99, layers, KV heads], pruned fractions."""
+    from lukv_gguf import metrics
+    from lukv_gguf.gguf_header import read_header
+    from lukv_gguf.metadata import model_shape, shape_text
+    from lukv_gguf.profile_file import import_curve as import_
+    from lukv_gguf.profile_file import save_profiles
+
+    _refuse_existing(output, force)
+    header = read_header(model)
+    chosen = metrics.get(metric)
+    name = str(header.value("general.name") or model.stem)
+    profile = import_(curve, chosen.name, chosen.params, sink, recent, name)
+    found, wanted = profile.budget.shape[1:], model_shape(header)
+    if found != wanted:
+        raise LukvError(f"{curve}: made for {shape_text(*found)}, {model} has {shape_text(*wanted)}")
+    save_profiles(output, {chosen.name: profile})
+    click.echo(f"written  {output}")
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="MODEL.gguf|PROFILE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(model: Path, as_json: bool) -> None:
-    """Show the LU-KV table that a model carries."""
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .png, .svg or .html.")
+@click.option("--metric", help="Which of a profile's metrics.  [default: the only one]")
+@click.option("--compare", type=click.Path(path_type=Path), metavar="PROFILE", multiple=True,
+              help="Profiles of other texts, for the rank correlations; may be given again.")
+def inspect(path: Path, as_json: bool, plot: Path | None, metric: str | None, compare: tuple[Path, ...]) -> None:
+    """Show the LU-KV table that a model carries, or what a profile measured."""
     from lukv_gguf.metadata import read_metadata
 
-    meta = read_metadata(model)
+    if _is_profile(path):
+        _inspect_profile(path, as_json, plot, metric, compare)
+        return
+    if metric or compare:
+        raise click.UsageError("--metric and --compare are for profiles.")
+    meta = read_metadata(path)
     if as_json:
         click.echo(json.dumps({"embedded": meta is not None, **(meta.to_dict() if meta else {})}))
     elif meta is None:
-        click.echo(f"{model}: no LU-KV table")
+        click.echo(f"{path}: no LU-KV table")
     else:
-        _print_metadata(model, meta)
+        _print_metadata(path, meta)
+    if plot is not None:
+        if meta is None:
+            raise LukvError(f"{path}: no LU-KV table to draw")
+        from lukv_gguf.embed import profile_of
+        from lukv_gguf.plots import plot_profile
+
+        plot_profile(profile_of(meta, path.name), plot, meta.ratio)
+        click.echo(f"written  {plot}", err=as_json)
 
 
 @cli.command()
@@ -207,6 +365,26 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
         _print_bench(result)
 
 
+@contextlib.contextmanager
+def _saying_how_to_resume(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            click.echo(f"lukv-gguf: {checkpoint} keeps what is done; the same command goes on from there", err=True)
+        raise
+
+
+def _set_thread_policy() -> None:
+    # read when torch is loaded: threads that spin at every barrier stall as soon as anything else wants the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise LukvError(f"{output}: exists; overwrite it with -f or choose another name with -o")
+
+
 def heatmap(budget: np.ndarray, encoding: str = "utf-8") -> list[Text]:
     """Lines that show kept fractions [L, H]: a row for each head, two columns for each layer, in bands of 80 columns.
 
@@ -241,16 +419,70 @@ def heatmap(budget: np.ndarray, encoding: str = "utf-8") -> list[Text]:
     return [*lines, Text.assemble(*legend)]
 
 
-def _print_metadata(model: Path, meta: LukvMetadata) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _is_profile(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"  # a profile is a zip archive
+    except OSError:
+        return False  # reading it as a model tells what is wrong
 
-    console = Console(highlight=False, soft_wrap=True)
+
+def _inspect_profile(
+    path: Path, as_json: bool, plot: Path | None, metric: str | None, compare: tuple[Path, ...]
+) -> None:
+    import numpy as np
+
+    from lukv_gguf.profile_file import choose_profile
+    from lukv_gguf.stability import rank_correlation, split_half_correlation
+
+    profile = choose_profile(path, metric)
+    others = {other.stem: choose_profile(other, profile.metric) for other in compare}
+    at = int(np.abs(profile.ratios - defaults.RATIO).argmin())
+    ratio = float(profile.ratios[at])
+    stability = {}
+    if profile.query_budget is not None and len(profile.query_budget) > 1:
+        halves = split_half_correlation(profile.query_budget[:, [at]][:, :, profile.budgeted])
+        stability["halves of the queries"] = float(halves.mean())
+    for name, other in others.items():
+        table = other.budget_at(ratio)[None, profile.budgeted]
+        stability[name] = float(rank_correlation(profile.budget[[at]][:, profile.budgeted], table)[0])
+    if as_json:
+        fields = {
+            "metric": profile.metric,
+            "metric_params": dict(profile.metric_params),
+            "sink": profile.sink,
+            "recent": profile.recent,
+            "ratios": profile.ratios.tolist(),
+            "budget": profile.budget.tolist(),
+            "gap": [[None if np.isnan(gap) else gap for gap in layer] for layer in profile.gap.tolist()],
+            "rank_correlation": stability,
+            "provenance": dict(profile.provenance),
+        }
+        click.echo(json.dumps(fields))
+    else:
+        measured = bool(np.isfinite(profile.gap).all())
+        gap = f"{profile.gap.mean():.1%} of the importance, where every head keeps 20 %" if measured else "not measured"
+        rows = {
+            "profile": str(path),
+            "metric": profile.metric + "".join(f", {name} {value}" for name, value in profile.metric_params.items()),
+            "protected": f"first {profile.sink}, last {profile.recent} tokens",
+            "grid": f"{len(profile.ratios)} ratios, {profile.ratios[0]:.4g} to {profile.ratios[-1]:.4g}",
+            f"heads at {ratio:.0%}": _spread(profile.budget[at]),
+            "optimality gap": gap,
+            **{f"ρ, {name}": f"{value:.3f}" for name, value in stability.items()},
+            **profile.provenance,
+        }
+        _print_table(rows, profile.budget[at])
+    if plot is not None:
+        from lukv_gguf.plots import plot_profile
+
+        plot_profile(profile, plot, ratio, others)
+        click.echo(f"written  {plot}", err=as_json)
+
+
+def _print_metadata(model: Path, meta: LukvMetadata) -> None:
     ratios = meta.profile_ratios
     params = "".join(f", {name} {value}" for name, value in meta.metric_params.items())
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     rows = {
         "model": str(model),
         "state": "on" if meta.enabled else "off",
@@ -263,11 +495,22 @@ def _print_metadata(model: Path, meta: LukvMetadata) -> None:
         "profile": f"{len(ratios)} ratios, {ratios[0]:.4g} to {ratios[-1]:.4g}",
         **meta.provenance,
     }
+    _print_table(rows, meta.budget)
+
+
+def _print_table(rows: dict[str, str], budget: np.ndarray) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
     console.print()
-    for line in heatmap(meta.budget, console.encoding):
+    for line in heatmap(budget, console.encoding):
         console.print(line)
 
 

@@ -6,6 +6,8 @@ RATIO = 0.2
 """Kept fraction of the whole KV cache."""
 METRIC = "keydiff"
 """Intra-head metric."""
+ALLOCATION = "lukv"
+"""How the total budget is split over heads."""
 OBJECTIVE = "relative"
 """Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
 FLOOR = 0.0
@@ -21,3 +23,9 @@ POLICY = "capacity"
 
 KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types of K and V that the runtime can hold."""
+N_CONTEXT = 4000
+"""Most tokens of a calibration text, as in the paper."""
+K_MAX = 32
+"""Most decoding steps of an answer."""
+N_RATIO = 99
+"""Ratios of the grid, 1 % to 99 %, as in the paper."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lukv_gguf import __version__, calibration, defaults, metadata
 from lukv_gguf.errors import LukvError
@@ -38,23 +42,28 @@ def default_stripped_output(model: str | PathLike[str]) -> Path:
     return embedded.with_name(f"{stem}{STRIPPED_SUFFIX}{tail}")
 
 
+def checkpoint_folder(output: Path) -> Path:
+    """Where an interrupted profile waits to be taken up again: beside the output."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def embed_model(
     model: str | PathLike[str],
     output: str | PathLike[str] | None = None,
     *,
     ratio: float = defaults.RATIO,
     policy: str = defaults.POLICY,
-    metric: str = defaults.METRIC,
+    metric: str | None = None,
     floor: float = defaults.FLOOR,
-    blend: float = defaults.BLEND,
-    sink: int = defaults.SINK,
-    recent: int = defaults.RECENT,
-    objective: str = defaults.OBJECTIVE,
+    blend: float | None = None,
+    allocation: str = defaults.ALLOCATION,
+    profile_path: str | PathLike[str] | None = None,
     calibration_text: tuple[str, list[str]] | None = None,
     overwrite: bool = False,
     progress: StageProgress | None = None,
+    **protocol: Any,
 ) -> LukvMetadata:
-    """Profile a model, solve its budgets, and write a copy that carries them.
+    """Profile a model or take a profile, solve its budgets, and write a copy that carries them.
 
     Everything that can be checked without the profile is checked before it.
 
@@ -64,14 +73,15 @@ def embed_model(
     output : the copy; by default :func:`default_output`.
     ratio : kept fraction of the whole KV cache, in (0, 1].
     policy : ``capacity`` or ``prefill``.
-    metric : name of the intra-head metric.
+    metric : name of the intra-head metric; by default that of the profile file, or `defaults.METRIC`.
     floor : kept fraction that no head falls below, at most `ratio`.
-    blend : share of uniform budgets mixed in, in [0, 1].
-    sink, recent : tokens never evicted at the start and at the end.
-    objective : ``relative`` or ``paper``, the importance that is minimised.
+    blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` and 0 for others.
+    allocation : ``lukv``, ``uniform``, ``pyramidkv`` or ``adakv``. Only ``lukv`` and ``adakv`` need a profile.
+    profile_path : a profile file, also of another quantisation of the model. Without it, the model is profiled.
     calibration_text : context and questions; by default those that ship with the package.
     overwrite : replace an existing `output`; one that carries a LU-KV table is always replaced.
     progress : called with (stage, steps done, steps in all).
+    protocol : fields of :class:`lukv_gguf.profile.Protocol`, and ``device``. With a profile file, none.
 
     Returns
     -------
@@ -81,10 +91,12 @@ def embed_model(
     Raises
     ------
     LukvError
-        A parameter or the model is unusable, or the output cannot be written.
+        A parameter, the profile or the model is unusable, or the output cannot be written.
     """
     header = read_header(model)
     output = default_output(model) if output is None else Path(output)
+    if blend is None:
+        blend = defaults.BLEND if allocation == "lukv" else 0.0
     if not 0.0 < ratio <= 1.0:
         raise LukvError(f"ratio must be in (0, 1], is {ratio}")
     if not 0.0 <= floor <= ratio:
@@ -94,24 +106,69 @@ def embed_model(
     if policy not in metadata.POLICIES:
         raise LukvError(f"policy must be {' or '.join(metadata.POLICIES)}, is {policy!r}")
     _check_output(header, output, overwrite)
-    context, questions = calibration_text or calibration.load_default()
 
-    from lukv_gguf.profile import profile_model  # torch: slow to import, and not needed for the checks
+    checkpoint = None
+    if profile_path is not None:
+        profile = _read_profile(profile_path, metric, header)
+    elif allocation in ("uniform", "pyramidkv"):
+        profile = _blank_profile(metric or defaults.METRIC, header, protocol)
+    else:
+        from lukv_gguf.profile import profile_model  # torch: slow to import, and not needed for the checks
 
-    profile = profile_model(
-        model,
-        context=context,
-        questions=questions,
-        metric=metric,
-        metric_params=None,
-        sink=sink,
-        recent=recent,
-        objective=objective,
-        progress=progress,
-    )
-    meta = build_metadata(profile, ratio=ratio, policy=policy, floor=floor, blend=blend)
+        context, questions = calibration_text or calibration.load_default()
+        checkpoint = checkpoint_folder(output)
+        profile = profile_model(
+            model,
+            context=context,
+            questions=questions,
+            metric=metric or defaults.METRIC,
+            progress=progress,
+            checkpoint=checkpoint,
+            start_over=overwrite,
+            **protocol,
+        )
+    if allocation != "lukv":
+        profile = profile.allocated(allocation)
+    meta = build_metadata(profile, ratio=ratio, policy=policy, floor=floor, blend=blend, allocation=allocation)
     metadata.embed(model, output, meta, lambda done, total: progress and progress(WRITE_STAGE, done, total))
+    if checkpoint is not None:
+        from lukv_gguf.checkpoint import discard_folder
+
+        discard_folder(checkpoint)
     return meta
+
+
+def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHeader) -> Profile:
+    from lukv_gguf.profile_file import choose_profile
+
+    profile = choose_profile(Path(path), metric)
+    found, wanted = profile.budget.shape[1:], metadata.model_shape(header)
+    if found != wanted:
+        raise LukvError(
+            f"{path}: made for a model of {metadata.shape_text(*found)}, "
+            f"{header.path} has {metadata.shape_text(*wanted)}"
+        )
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return replace(profile, provenance={**profile.provenance, "profile_sha256": digest})
+
+
+def _blank_profile(metric: str, header: GgufHeader, protocol: Mapping[str, Any]) -> Profile:
+    """What an allocation needs that looks at nothing but the shape."""
+    from lukv_gguf import metrics
+    from lukv_gguf.profile import GRID_RATIOS, Profile
+
+    chosen = metrics.get(metric)
+    shape = metadata.model_shape(header)
+    return Profile(
+        metric=chosen.name,
+        metric_params=dict(chosen.params),
+        sink=protocol.get("sink", defaults.SINK),
+        recent=protocol.get("recent", defaults.RECENT),
+        ratios=GRID_RATIOS,
+        budget=np.broadcast_to(GRID_RATIOS[:, None, None], (len(GRID_RATIOS), *shape)).copy(),
+        gap=np.full(shape, np.nan),
+        provenance={},
+    )
 
 
 def build_metadata(
@@ -121,6 +178,7 @@ def build_metadata(
     policy: str = defaults.POLICY,
     floor: float = defaults.FLOOR,
     blend: float = defaults.BLEND,
+    allocation: str = defaults.ALLOCATION,
 ) -> LukvMetadata:
     """The record to embed for a profile; parameters as in :func:`embed_model`."""
     return LukvMetadata(
@@ -137,9 +195,26 @@ def build_metadata(
             "tool": f"lukv-gguf {__version__}",
             "date": datetime.date.today().isoformat(),
             **profile.provenance,
+            "allocation": allocation,
             "floor": str(floor),
             "blend": str(blend),
         },
+    )
+
+
+def profile_of(meta: LukvMetadata, model: str) -> Profile:
+    """The table of an embedded model as a profile: its budgets, blended as they are, and no measurements."""
+    from lukv_gguf.profile import Profile
+
+    return Profile(
+        metric=meta.metric,
+        metric_params=meta.metric_params,
+        sink=meta.sink,
+        recent=meta.recent,
+        ratios=meta.profile_ratios.astype(np.float64),
+        budget=meta.profile_budget.astype(np.float64),
+        gap=np.full(meta.budget.shape, np.nan),
+        provenance={**meta.provenance, "profiled_model": model},
     )
 
 

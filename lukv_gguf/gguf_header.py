@@ -194,10 +194,38 @@ def rewrite(
         source = header.path.open("rb")
     except OSError as error:
         raise LukvError(f"cannot read {header.path}: {error.strerror or error}") from None
-    with source, _linking(links), _replacing(target, os.fstat(source.fileno()).st_mode) as output:
+    with source, _linking(links), replacing(target, os.fstat(source.fileno()).st_mode) as output:
         output.write(new_header)
         source.seek(header.data_start)
         _copy(source, output, header, len(new_header), progress)
+
+
+@contextlib.contextmanager
+def replacing(target: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A temporary file beside `target` that takes its place once it is complete, and is removed otherwise.
+
+    Raises
+    ------
+    LukvError
+        It cannot be written.
+    """
+    temporary = None
+    with _explaining_write_errors(target):
+        try:
+            with tempfile.NamedTemporaryFile(
+                dir=target.parent, prefix=f".{target.name[:80]}.", suffix=".tmp", delete=False
+            ) as output:
+                temporary = Path(output.name)
+                yield output
+                output.flush()
+                os.fsync(output.fileno())
+            temporary.chmod(mode & 0o777)
+            os.replace(temporary, target)
+            temporary = None
+            _sync_folder(target.parent)
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
 
 
 def check_writable(target: str | PathLike[str], n_bytes: int) -> None:
@@ -409,28 +437,6 @@ def _copy(source: BinaryIO, output: BinaryIO, header: GgufHeader, done: int, pro
         done += len(block)
         if progress:
             progress(done, total)
-
-
-@contextlib.contextmanager
-def _replacing(target: Path, mode: int) -> Iterator[BinaryIO]:
-    """A temporary file beside `target` that takes its place once it is complete, and is removed otherwise."""
-    temporary = None
-    with _explaining_write_errors(target):
-        try:
-            with tempfile.NamedTemporaryFile(
-                dir=target.parent, prefix=f".{target.name[:80]}.", suffix=".tmp", delete=False
-            ) as output:
-                temporary = Path(output.name)
-                yield output
-                output.flush()
-                os.fsync(output.fileno())
-            temporary.chmod(mode & 0o777)
-            os.replace(temporary, target)
-            temporary = None
-            _sync_folder(target.parent)
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -214,7 +214,7 @@ def embed(
     header = read_header(path_in)
     shape = model_shape(header)
     if meta.budget.shape != shape:
-        ours, theirs = _shape_text(*meta.budget.shape), _shape_text(*shape)
+        ours, theirs = shape_text(*meta.budget.shape), shape_text(*shape)
         raise LukvError(f"{path_in}: {KEY_BUDGET} is for {ours}, the model has {theirs}")
     if not in_place_ok:
         _refuse_same_file(path_in, path_out)
@@ -373,7 +373,8 @@ def _as_lists(array: FloatArray) -> Any:
     return [_as_lists(row) for row in array] if array.ndim else _as_float32(array)
 
 
-def _shape_text(n_layer: int, n_head_kv: int) -> str:
+def shape_text(n_layer: int, n_head_kv: int) -> str:
+    """How messages name a shape."""
     return f"{n_layer} layers x {n_head_kv} KV heads"
 
 

@@ -9,11 +9,15 @@ of the KV head h, W_O the slice of the output projection that belongs to g. The 
 heads that share h stands inside the maximum: at one step, a position is worth what it gives to the
 group together. (Outside, a position could add the peaks of different steps.) With ``group="max"`` the
 order makes no difference.
+
+There are two ways to it. `decode_oracle` lets the reference model answer, token by token, with all its
+weights in memory. `teacher_force` takes answers that are known already, from the deployed model, and
+carries context, questions and answers through one layer after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lukv_gguf.errors import LukvError
+from lukv_gguf.metrics import LayerState
 from lukv_gguf.reference import KVCache, ReferenceModel
 
 FloatArray = npt.NDArray[np.floating]
@@ -100,14 +105,147 @@ def decode_oracle(
     return Oracle(importance.cpu().numpy(), answers)
 
 
+@dataclass
+class ResidualStreams:
+    """Where a pass through the layers stands; enough to go on with it later.
+
+    Attributes
+    ----------
+    layer : int
+        Layers passed.
+    prefix : Tensor [T, n_embd]
+        The residual stream of the shared context.
+    queries : Tensor [N, n_embd]
+        That of the queries' own tokens, one query after the other.
+    """
+
+    layer: int
+    prefix: Tensor
+    queries: Tensor
+
+
+@dataclass
+class MeasuredLayer:
+    """What one layer of a pass shows.
+
+    Attributes
+    ----------
+    state : LayerState
+        Keys and values of the shared context, and its last queries.
+    importance : Tensor [Q, H, T], float32
+    streams : ResidualStreams
+        The residual streams behind the layer.
+    """
+
+    state: LayerState
+    importance: Tensor
+    streams: ResidualStreams
+
+
+@torch.inference_mode()
+def teacher_force(
+    model: ReferenceModel,
+    prefix: Sequence[int],
+    suffixes: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    n_new: int,
+    *,
+    objective: Objective = "relative",
+    group: Group = "mean",
+    n_query: int = 0,
+    start: ResidualStreams | None = None,
+) -> Iterator[MeasuredLayer]:
+    """Measure importance on known answers, in one pass through the layers.
+
+    Each layer is used once, so a streamed model is read from the disk once. The attention of the shared
+    context is computed once, and the queries attend to it as suffixes.
+
+    Parameters
+    ----------
+    prefix
+        Tokens of the shared context, T of them.
+    suffixes, answers
+        The further tokens of each query, at least one, and what the model answered, without an end token.
+    n_new
+        K_max, the most decoding steps of an answer. One that is shorter was ended by a step of its own.
+    objective, group
+        See `decode_oracle`.
+    n_query
+        How many queries of the context's last tokens `MeasuredLayer.state` holds, for metrics that use them.
+    start
+        Where an earlier pass stood.
+
+    Yields
+    ------
+    MeasuredLayer
+        One for each layer that was not passed before.
+
+    Raises
+    ------
+    LukvError
+        Unknown objective or group, or tokens that the model does not have.
+    """
+    check_choices(objective, group)
+    n_step = [min(n_new, len(answer) + 1) for answer in answers]
+    sequences = [[*suffix, *answer[: n - 1]] for suffix, answer, n in zip(suffixes, answers, n_step)]
+    if not suffixes or not all(len(suffix) for suffix in suffixes):
+        raise LukvError("importance needs at least one suffix, and one token or more in each")
+    for tokens in (prefix, *sequences):
+        model._check_tokens(tokens)
+    lengths = [len(sequence) for sequence in sequences]
+    prefix_positions = torch.arange(len(prefix), device=model.device)
+    offsets = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    if start is None:
+        packed = [token for sequence in sequences for token in sequence]
+        start = ResidualStreams(0, model._embed(torch.tensor(prefix)), model._embed(torch.tensor(packed)))
+    x_prefix, x_queries = start.prefix, start.queries
+
+    for i in range(start.layer, model.config.n_layer):
+        layer = model._layers[i]
+        q, k, v, x_prefix = model._prefill_layer(layer, x_prefix, prefix_positions)
+        state = LayerState(keys=k, values=v, queries=q[:, max(0, len(prefix) - n_query) :].clone())
+        norms = _value_norms(v, model._output_weight(layer))
+        residual_norms = torch.linalg.vector_norm(x_queries, dim=-1).split(lengths)
+        own = [t.split(lengths) for t in model._project(layer, x_queries, len(prefix) + offsets)]
+        attended, peaks = [], []
+        for query, own_q, own_k, own_v, at, n in zip(range(len(lengths)), *own, offsets.split(lengths), n_step):
+            own_cache = own_k.transpose(0, 1)[None], own_v.transpose(0, 1)[None]
+            out, attention = model._attend(layer, own_q[None], at[None], (k, v), own_cache)
+            attended.append(out[0])
+            steps = attention.view(len(k), len(own_q), -1, len(prefix))[:, -n:]
+            peak = _contribution(steps.transpose(0, 1), norms, group).amax(dim=0)
+            if objective == "relative":
+                peak = peak / residual_norms[query][-n:].mean()
+            peaks.append(peak)
+        x_queries = model._finish_layer(layer, x_queries, torch.cat(attended))
+        yield MeasuredLayer(state, torch.stack(peaks), ResidualStreams(i + 1, x_prefix, x_queries))
+
+
 def value_output_norms(model: ReferenceModel, prefix: KVCache, layer: int) -> Tensor:
     """||v_{l,h,j} · W_O^{(l,g)}||_2 of each position: Tensor [n_head_kv, n_group, T]."""
-    weight = model.output_weight(layer)
-    norms = [
-        [torch.linalg.vector_norm(values @ per_query_head, dim=-1) for per_query_head in per_head]
-        for values, per_head in zip(prefix.values[layer], weight)
-    ]
-    return torch.stack([torch.stack(per_head) for per_head in norms])
+    return _value_norms(prefix.values[layer], model.output_weight(layer))
+
+
+def _value_norms(values: Tensor, weight: Tensor) -> Tensor:
+    """Norms of `values` [H, T, d] behind `weight` [H, G, d, n_embd].
+
+    ||v W||² = v (W Wᵀ) vᵀ, and W Wᵀ is far smaller than v W for all positions.
+    """
+    gram = weight @ weight.transpose(-1, -2)
+    squared = ((values[:, None] @ gram) * values[:, None]).sum(dim=-1)
+    return squared.clamp_(min=0.0).sqrt_()
+
+
+def _contribution(attention: Tensor, norms: Tensor, group: Group) -> Tensor:
+    """||A v W_O|| over the query heads of a KV head: [n, H, G, T] times [H, G, T] to [n, H, T]."""
+    n_group = attention.shape[2]
+    seen = attention[:, :, 0] * norms[:, 0]
+    for g in range(1, n_group):
+        if group == "mean":
+            seen.addcmul_(attention[:, :, g], norms[:, g])
+        else:
+            seen = torch.maximum(seen, attention[:, :, g] * norms[:, g])
+    return seen / n_group if group == "mean" else seen
 
 
 class _ImportanceRecorder:
@@ -116,7 +254,6 @@ class _ImportanceRecorder:
     def __init__(self, model: ReferenceModel, prefix: KVCache, n_query: int, group: Group) -> None:
         config = model.config
         self._group = group
-        self._n_group = config.n_group
         self._value_norms = [value_output_norms(model, prefix, i) for i in range(config.n_layer)]
         shape = (n_query, config.n_layer, config.n_head_kv, prefix.n_token)
         self.peak = torch.zeros(shape, device=model.device)
@@ -124,15 +261,7 @@ class _ImportanceRecorder:
         self.n_step = torch.zeros(n_query, config.n_layer, device=model.device)
 
     def __call__(self, layer: int, rows: Tensor, attention: Tensor, residual_norm: Tensor) -> None:
-        norms = self._value_norms[layer]
-        seen = attention[:, :, 0] * norms[:, 0]
-        for g in range(1, self._n_group):
-            if self._group == "mean":
-                seen.addcmul_(attention[:, :, g], norms[:, g])
-            else:
-                seen = torch.maximum(seen, attention[:, :, g] * norms[:, g])
-        if self._group == "mean":
-            seen /= self._n_group
+        seen = _contribution(attention, self._value_norms[layer], self._group)
         peak = self.peak[:, layer]
         if len(rows) == len(peak):  # every query still decodes: no need to gather
             torch.maximum(peak, seen, out=peak)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lukv_gguf import metrics, oracle
+from lukv_gguf import allocation, defaults, metrics, oracle
 from lukv_gguf.allocation import apply_floor_and_blend, concave_envelope, greedy_counts, marginal_gains
+from lukv_gguf.answers import decode_answers
+from lukv_gguf.checkpoint import Checkpoint
 from lukv_gguf.errors import LukvError
+from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
 
@@ -24,6 +30,63 @@ Progress = Callable[[str, int, int], None]
 
 GRID_RATIOS = np.arange(1, 100) / 100.0
 GAP_RATIO = 0.2  # the kept fraction at which a profile reports the optimality gap
+ENGINES = ("auto", "llama", "torch")
+ALLOCATIONS = ("lukv", "uniform", "pyramidkv", "adakv")
+_TORCH_WEIGHTS = 10**9  # more, and the reference model no longer answers with all its weights in memory
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is profiled.
+
+    Attributes
+    ----------
+    sink, recent : int
+        Tokens at the start and at the end of the context that are always ranked first.
+    n_context : int
+        Most tokens of the context, template included; the paper uses about 4,000.
+    n_query : int, optional
+        M, how many of the questions are asked; all by default, 30 in the paper.
+    max_new_tokens : int
+        K_max, the most decoding steps of an answer.
+    n_ratio : int
+        Ratios of the grid: 1 / (n + 1) ... n / (n + 1).
+    objective, group
+        See `oracle.decode_oracle`.
+    engine : str
+        Who answers. ``llama``: the deployed model in llama.cpp, and the reference model, one layer in memory at a time,
+        is then taken over the answers. ``torch``: the reference model, with all its weights in memory. ``auto``:
+        ``torch`` for a model of at most 10⁹ weights, where it is the faster one, else ``llama``.
+
+    Raises
+    ------
+    LukvError
+        A value that makes no sense.
+    """
+
+    sink: int = defaults.SINK
+    recent: int = defaults.RECENT
+    n_context: int = defaults.N_CONTEXT
+    n_query: int | None = None
+    max_new_tokens: int = defaults.K_MAX
+    n_ratio: int = defaults.N_RATIO
+    objective: oracle.Objective = "relative"
+    group: oracle.Group = "mean"
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.recent < 0:
+            raise LukvError("sink and recent must be 0 or more")
+        if min(self.n_context, self.max_new_tokens, self.n_ratio, self.n_query or 1) < 1:
+            raise LukvError("n_context, n_query, max_new_tokens and n_ratio must be 1 or more")
+        if self.engine not in ENGINES:
+            raise LukvError(f"unknown engine {self.engine!r}; known: {', '.join(ENGINES)}")
+        oracle.check_choices(self.objective, self.group)
+
+    @property
+    def ratios(self) -> FloatArray:
+        """Kept fractions of the grid, ascending."""
+        return np.arange(1, self.n_ratio + 1) / (self.n_ratio + 1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +107,15 @@ class Profile:
         importance; mean over queries.
     provenance
         How the profile came about.
+    budgeted : bool array [L]
+        Layers whose cache can be shared out. The others, with a sliding window, hold no more than that; their rows of
+        `budget` are the ratio.
+    marginal : float32 array [L, H, T], optional
+        Importance of the position at each rank, d(i); mean over queries.
+    scores : float32 array [L, H, T], optional
+        The metric's score at each rank; infinite for protected tokens.
+    query_budget : float32 array [Q, n, L, H], optional
+        The budgets of each query, of which `budget` is the mean.
     """
 
     metric: str
@@ -54,6 +126,39 @@ class Profile:
     budget: FloatArray
     gap: FloatArray
     provenance: Mapping[str, str]
+    budgeted: npt.NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
+    marginal: npt.NDArray[np.float32] | None = None
+    scores: npt.NDArray[np.float32] | None = None
+    query_budget: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.budgeted is None:
+            object.__setattr__(self, "budgeted", np.ones(self.budget.shape[1], dtype=bool))
+
+    def allocated(self, name: str) -> Profile:
+        """The same with the budgets of another allocation: one of `ALLOCATIONS`.
+
+        Raises
+        ------
+        LukvError
+            No such allocation, or the profile has no scores to allocate by.
+        """
+        if name == "lukv":
+            return self
+        n_layer, n_head_kv = int(self.budgeted.sum()), self.budget.shape[2]
+        if name == "uniform":
+            table = allocation.uniform(self.ratios, n_layer, n_head_kv)
+        elif name == "pyramidkv":
+            table = allocation.pyramid_kv(self.ratios, n_layer, n_head_kv)
+        elif name == "adakv":
+            if self.scores is None:
+                raise LukvError("this profile holds no scores, which adakv needs; profile the model again")
+            table = allocation.ada_kv(self.scores[self.budgeted], self.ratios)
+        else:
+            raise LukvError(f"unknown allocation {name!r}; known: {', '.join(ALLOCATIONS)}")
+        budget = np.broadcast_to(self.ratios[:, None, None], self.budget.shape).copy()
+        budget[:, self.budgeted] = table
+        return replace(self, budget=budget)
 
     def budgets(self, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
         """Budgets to use: Φ blended with uniform, with a floor.
@@ -98,19 +203,47 @@ def profile_model(
     path: str | Path,
     *,
     context: str,
-    questions: list[str],
+    questions: Sequence[str],
     metric: str = "keydiff",
     metric_params: Mapping[str, float] | None = None,
-    sink: int = 4,
-    recent: int = 16,
-    n_context: int = 4000,
-    max_new_tokens: int = 32,
-    objective: oracle.Objective = "relative",
-    group: oracle.Group = "mean",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    start_over: bool = False,
+    **protocol: Any,
 ) -> Profile:
-    """Profile a model: which head needs how much of its cache.
+    """Profile a model for one metric; parameters as of `profile_metrics` and `Protocol`."""
+    chosen = metrics.get(metric, **(metric_params or {}))
+    profiles = profile_metrics(
+        path,
+        [chosen],
+        context=context,
+        questions=questions,
+        protocol=Protocol(**protocol),
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        checkpoint=checkpoint,
+        start_over=start_over,
+    )
+    return profiles[chosen.name]
+
+
+def profile_metrics(
+    path: str | Path,
+    chosen_metrics: Sequence[Metric],
+    *,
+    context: str,
+    questions: Sequence[str],
+    protocol: Protocol | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    start_over: bool = False,
+) -> dict[str, Profile]:
+    """Profile a model: which head needs how much of its cache, for several metrics from one pass.
 
     The model reads the context once. Then it answers each question about it with full attention, all in
     one batch, as the user's message in its chat template. For each question the allocation is solved at
@@ -120,29 +253,31 @@ def profile_model(
     ----------
     path
         The GGUF file.
+    chosen_metrics
+        Those that will rank at run time, one profile each.
     context
-        A long text; what exceeds `n_context` tokens is cut off.
+        A long text; what exceeds the protocol's length is cut off.
     questions
         Questions about different parts of it, one query each.
-    metric, metric_params
-        The metric that will rank at run time.
-    sink, recent
-        Tokens at the start and at the end of the context that are always ranked first.
-    n_context
-        Most tokens of the context, template included.
-    max_new_tokens
-        K_max, the most decoding steps of an answer.
-    objective, group
-        See `oracle.decode_oracle`.
+    protocol
+        By default `Protocol()`.
     dtype
-        Type of the weights. bfloat16 halves memory, and its error is below that of llama.cpp's own
-        quantised activations.
+        Type of the weights, by default the smaller one that the device computes with. The error of bfloat16 is below
+        that of llama.cpp's own quantised activations.
+    device
+        Where the reference model computes: ``cpu``, ``cuda``, ``mps``.
     progress
         Called as the work goes on.
+    checkpoint
+        A folder that keeps what is done, so that the same call after an interruption goes on from there. Remove it with
+        `checkpoint.discard_folder` once the result is stored. Not used by the engine ``torch``.
+    start_over
+        Drop a checkpoint of another call instead of raising.
 
     Returns
     -------
-    Profile
+    dict of Profile
+        By the metric's name.
 
     Raises
     ------
@@ -153,56 +288,226 @@ def profile_model(
     ----------
     Tang et al., "Predicting Future Utility", arXiv 2602.08585: offline profiling.
     """
+    protocol = protocol or Protocol()
     tell = progress if progress is not None else _silent
+    questions = list(questions[: protocol.n_query])
     if not questions:
         raise LukvError("profiling needs at least one question")
-    if sink < 0 or recent < 0 or n_context < 1 or max_new_tokens < 1:
-        raise LukvError("sink and recent must be 0 or more, n_context and max_new_tokens 1 or more")
-    oracle.check_choices(objective, group)
-    chosen_metric = metrics.get(metric, **(metric_params or {}))
+    if not chosen_metrics or len({metric.name for metric in chosen_metrics}) < len(chosen_metrics):
+        raise LukvError("profiling needs at least one metric, and each of them once")
+    place = find_device(device)
+    dtype = dtype or default_dtype(place)
 
     tell("load", 0, 1)
-    model = ReferenceModel.load(path, dtype=dtype)
+    engine = _choose_engine(path, protocol.engine)
+    model = ReferenceModel.load(path, dtype=dtype, device=place, stream=engine == "llama")
     with Tokenizer(path) as tokenizer:
-        prefix_tokens, suffixes = _tokenize(tokenizer, model, context, questions, n_context, max_new_tokens)
+        prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol)
         end_tokens = tokenizer.end_tokens
-    n_token = len(prefix_tokens)
-    if n_token <= sink + recent:
-        raise LukvError(f"a context of {n_token} tokens is too short for {sink} + {recent} protected tokens")
+    n_token = len(prefix)
+    if n_token <= protocol.sink + protocol.recent:
+        raise LukvError(
+            f"a context of {n_token} tokens is too short for {protocol.sink} + {protocol.recent} protected tokens"
+        )
     tell("load", 1, 1)
 
-    prefix = model.prefill(prefix_tokens, lambda done, total: tell("prefill", done, total))
-    ranking = rank_positions(chosen_metric, prefix, sink, recent)
+    run = _Run(path, model, prefix, suffixes, end_tokens, chosen_metrics, protocol, dtype, tell)
+    saved = None
+    if engine == "torch":
+        seen = _measure_in_memory(run)
+    else:
+        saved = Checkpoint(checkpoint, run.key(), start_over) if checkpoint is not None else None
+        seen = _measure_by_layer(run, saved)
+
+    provenance = {
+        "profiled_model": str(read_header(path).value("general.name") or Path(path).stem),
+        "architecture": model.config.family.architecture,
+        "objective": protocol.objective,
+        "group": protocol.group,
+        "engine": engine,
+        "weights": str(dtype).removeprefix("torch."),
+        "context_tokens": str(n_token),
+        "calibration_sha256": hashlib.sha256("\0".join((context, *questions)).encode()).hexdigest()[:16],
+        "questions": str(len(questions)),
+        "max_new_tokens": str(protocol.max_new_tokens),
+        "decoded_tokens": str(sum(map(len, seen.answers))),
+    }
+    budgeted = ~np.array(model.config.windowed)
+    profiles = {}
+    for i, metric in enumerate(chosen_metrics):
+        ranking, scores = rank(seen.scores[metric.name], protocol.sink, protocol.recent)
+        solution = solve_budgets(
+            seen.importance,
+            ranking,
+            protocol.ratios,
+            lambda done, n, i=i: tell("solve", i * n + done, len(chosen_metrics) * n),
+            budgeted,
+        )
+        profiles[metric.name] = Profile(
+            metric=metric.name,
+            metric_params=dict(metric.params),
+            sink=protocol.sink,
+            recent=protocol.recent,
+            ratios=protocol.ratios,
+            budget=solution.query_budget.mean(axis=0),
+            gap=solution.gap,
+            provenance=provenance,
+            budgeted=budgeted,
+            marginal=solution.marginal,
+            scores=scores.astype(np.float32),
+            query_budget=solution.query_budget.astype(np.float32),
+        )
+    return profiles
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises
+    ------
+    LukvError
+        There is none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise LukvError(f"device {name!r} is not available to torch here") from None
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The type of weights that a device computes fastest with: bfloat16 where it has instructions for it."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():  # torch has no public one
+        return torch.bfloat16
+    return torch.float32
+
+
+@dataclass
+class _Run:
+    """What a measurement needs to know."""
+
+    path: str | Path
+    model: ReferenceModel
+    prefix: list[int]
+    suffixes: list[list[int]]
+    end_tokens: frozenset[int]
+    metrics: Sequence[Metric]
+    protocol: Protocol
+    dtype: torch.dtype
+    tell: Progress
+
+    def key(self) -> str:
+        """A hash of all that a layer's measurement depends on."""
+        header = read_header(self.path)
+        description = [
+            hashlib.sha256(header.raw).hexdigest(),
+            header.file_size,
+            header.path.stat().st_mtime_ns,
+            self.prefix,
+            self.suffixes,
+            sorted((metric.name, sorted(metric.params.items())) for metric in self.metrics),
+            {name: asdict(self.protocol)[name] for name in ("max_new_tokens", "objective", "group")},
+            str(self.dtype),
+        ]
+        return hashlib.sha256(json.dumps(description).encode()).hexdigest()
+
+    def scores(self, state: LayerState) -> dict[str, npt.NDArray[np.float32]]:
+        """Each metric's scores of a layer, [H, T]."""
+        found = {}
+        for metric in self.metrics:
+            queries = None if state.queries is None else state.queries[:, state.queries.shape[1] - _window(metric) :]
+            found[metric.name] = metric.score(replace(state, queries=queries)).float().cpu().numpy()
+        return found
+
+
+def _window(metric: Metric) -> int:
+    """How many of the last queries a metric reads."""
+    return int(metric.params.get("window", 0))
+
+
+_IMPORTANCE = "importance"  # beside the names of metrics
+
+
+@dataclass
+class _Seen:
+    """Importance [Q, L, H, T], each metric's scores [L, H, T], and the answers."""
+
+    importance: npt.NDArray[np.float32]
+    scores: dict[str, npt.NDArray[np.float32]]
+    answers: list[list[int]]
+
+
+def _measure_in_memory(run: _Run) -> _Seen:
+    n_window = max(map(_window, run.metrics))
+    cache = run.model.prefill(run.prefix, lambda done, total: run.tell("prefill", done, total), n_window)
+    protocol = run.protocol
     seen = oracle.decode_oracle(
-        model,
-        prefix,
-        suffixes,
-        max_new_tokens,
-        objective=objective,
-        group=group,
-        end_tokens=end_tokens,
-        progress=lambda done, total: tell("decode", done, total),
+        run.model,
+        cache,
+        run.suffixes,
+        protocol.max_new_tokens,
+        objective=protocol.objective,
+        group=protocol.group,
+        end_tokens=run.end_tokens,
+        progress=lambda done, total: run.tell("decode", done, total),
     )
-    tell("decode", max_new_tokens, max_new_tokens)
-    budget, gap = solve_budgets(seen.importance, ranking, GRID_RATIOS, lambda i, n: tell("solve", i, n))
-    return Profile(
-        metric=chosen_metric.name,
-        metric_params=dict(chosen_metric.params),
-        sink=sink,
-        recent=recent,
-        ratios=GRID_RATIOS.copy(),
-        budget=budget,
-        gap=gap,
-        provenance={
-            "architecture": model.config.family.architecture,
-            "objective": objective,
-            "group": group,
-            "context_tokens": str(n_token),
-            "questions": str(len(questions)),
-            "max_new_tokens": str(max_new_tokens),
-            "decoded_tokens": str(sum(len(answer) for answer in seen.answers)),
-        },
+    run.tell("decode", protocol.max_new_tokens, protocol.max_new_tokens)
+    layers = [run.scores(LayerState(*layer)) for layer in zip(cache.keys, cache.values, cache.queries)]
+    return _Seen(seen.importance, _stack_layers(layers), seen.answers)
+
+
+def _measure_by_layer(run: _Run, saved: Checkpoint | None) -> _Seen:
+    protocol, config = run.protocol, run.model.config
+    answers = saved.answers() if saved is not None else None
+    if answers is None:
+        answers = decode_answers(
+            run.path,
+            run.prefix,
+            run.suffixes,
+            protocol.max_new_tokens,
+            end_tokens=run.end_tokens,
+            n_ctx=config.rope.n_context_original + 1 if run.model.has_long_rope else 0,
+            progress=lambda done, total: run.tell("answer", done, total),
+        )
+        if saved is not None:
+            saved.save_answers(answers)
+    layers, start = saved.layers() if saved is not None else ([], None)
+    if start is not None:
+        start = replace(start, prefix=start.prefix.to(run.model.device), queries=start.queries.to(run.model.device))
+        run.tell("measure", start.layer, config.n_layer)
+    passed = oracle.teacher_force(
+        run.model,
+        run.prefix,
+        run.suffixes,
+        answers,
+        protocol.max_new_tokens,
+        objective=protocol.objective,
+        group=protocol.group,
+        n_query=max(map(_window, run.metrics)),
+        start=start,
     )
+    for layer in passed:
+        layers.append({_IMPORTANCE: layer.importance.cpu().numpy(), **run.scores(layer.state)})
+        if saved is not None:
+            saved.save_layer(layers[-1], layer.streams)
+        run.tell("measure", layer.streams.layer, config.n_layer)
+    importance = np.stack([layer.pop(_IMPORTANCE) for layer in layers], axis=1)
+    return _Seen(importance, _stack_layers(layers), answers)
+
+
+def _stack_layers(layers: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _choose_engine(path: str | Path, engine: str) -> str:
+    if engine != "auto":
+        return engine
+    from lukv_gguf.reference.gguf_file import GGUFFile
+
+    return "torch" if GGUFFile(path).n_weight <= _TORCH_WEIGHTS else "llama"
 
 
 def rank_positions(metric: Metric, cache: KVCache, sink: int, recent: int) -> IntArray:
@@ -213,13 +518,44 @@ def rank_positions(metric: Metric, cache: KVCache, sink: int, recent: int) -> In
     int array [L, H, T]
         Positions, best first; equal scores in the order of the text.
     """
-    rankings = []
-    for keys, values in zip(cache.keys, cache.values):
-        scores = metric.score(LayerState(keys=keys, values=values)).clone()
-        scores[:, :sink] = torch.inf
-        scores[:, cache.n_token - recent :] = torch.inf
-        rankings.append(torch.argsort(scores, dim=-1, descending=True, stable=True))
-    return torch.stack(rankings).cpu().numpy()
+    scores = [metric.score(LayerState(keys, values)) for keys, values in zip(cache.keys, cache.values)]
+    return rank(torch.stack(scores).float().cpu().numpy(), sink, recent)[0]
+
+
+def rank(scores: npt.NDArray[np.floating], sink: int, recent: int) -> tuple[IntArray, FloatArray]:
+    """Rank positions by their scores [..., T], protected tokens first.
+
+    Returns
+    -------
+    ranking : int array [..., T]
+        Positions, best first; equal scores in the order of the text.
+    ranked : array [..., T]
+        Their scores; infinite for protected tokens.
+    """
+    scores = np.array(scores)
+    scores[..., :sink] = np.inf
+    scores[..., scores.shape[-1] - recent :] = np.inf
+    ranking = np.argsort(-scores, axis=-1, kind="stable")
+    return ranking, np.take_along_axis(scores, ranking, axis=-1)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Budgets of each query.
+
+    Attributes
+    ----------
+    query_budget : array [Q, n, L, H]
+        Kept fraction per head; its mean over heads is the ratio, to within rounding of one cell.
+    gap : array [L, H]
+        Optimality gap at `GAP_RATIO` as a share of the head's importance, mean over queries.
+    marginal : float32 array [L, H, T]
+        d(i) in rank order, mean over queries.
+    """
+
+    query_budget: FloatArray
+    gap: FloatArray
+    marginal: npt.NDArray[np.float32]
 
 
 def solve_budgets(
@@ -227,8 +563,9 @@ def solve_budgets(
     ranking: IntArray,
     ratios: FloatArray,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[FloatArray, FloatArray]:
-    """Solve the allocation for each query at each ratio, and average over queries.
+    budgeted: npt.NDArray[np.bool_] | None = None,
+) -> Solution:
+    """Solve the allocation for each query at each ratio.
 
     Parameters
     ----------
@@ -237,46 +574,47 @@ def solve_budgets(
         Positions, best first.
     ratios : array [n]
         Kept fractions of the whole cache.
+    budgeted : bool array [L], optional
+        Layers that take part; the others keep the ratio.
 
-    Returns
-    -------
-    budget : array [n, L, H]
-        Kept fraction per head; its mean over heads is the ratio, to within rounding of one cell.
-    gap : array [L, H]
-        Optimality gap at `GAP_RATIO` as a share of the head's importance, mean over queries.
+    Raises
+    ------
+    LukvError
+        No layer takes part.
     """
     n_query, n_layer, n_head_kv, n_position = importance.shape
-    n_head = n_layer * n_head_kv
+    budgeted = np.ones(n_layer, dtype=bool) if budgeted is None else budgeted
+    n_head = int(budgeted.sum()) * n_head_kv
+    if not n_head:
+        raise LukvError("every layer of this model has a sliding window: there is nothing to budget")
     totals = np.rint(ratios * n_head * n_position).astype(np.int64)
-    counts = np.zeros((len(ratios), n_head), dtype=np.int64)
+    query_budget = np.empty((n_query, len(ratios), n_layer, n_head_kv))
+    query_budget[:] = ratios[:, None, None]
     gap = np.zeros((n_layer, n_head_kv))
+    marginal = np.zeros((n_layer, n_head_kv, n_position), dtype=np.float32)
     for i, of_query in enumerate(importance):
-        gains = marginal_gains(of_query, ranking).reshape(n_head, n_position)
-        counts += greedy_counts(concave_envelope(gains), totals)
+        gains = marginal_gains(of_query, ranking)
+        marginal += gains / n_query
+        counts = greedy_counts(concave_envelope(gains[budgeted]).reshape(n_head, n_position), totals)
+        query_budget[i][:, budgeted] = counts.reshape(len(ratios), -1, n_head_kv) / n_position
         total = of_query.sum(axis=-1, dtype=np.float64)
         missed = oracle.optimality_gap(of_query, ranking, round(GAP_RATIO * n_position))
         gap += np.divide(missed, total, out=np.zeros_like(total), where=total > 0)
         if progress is not None:
             progress(i + 1, n_query)
-    budget = counts.reshape(len(ratios), n_layer, n_head_kv) / (n_query * n_position)
-    return budget, gap / n_query
+    return Solution(query_budget, gap / n_query, marginal)
 
 
 def _tokenize(
-    tokenizer: Tokenizer,
-    model: ReferenceModel,
-    context: str,
-    questions: list[str],
-    n_context: int,
-    max_new_tokens: int,
+    tokenizer: Tokenizer, model: ReferenceModel, context: str, questions: Sequence[str], protocol: Protocol
 ) -> tuple[list[int], list[list[int]]]:
     """The shared prefix, and each question with the rest of the template."""
     before, after = tokenizer.frame_user_message()
     suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in questions]
-    room = model.config.n_context_train - max(map(len, suffixes)) - max_new_tokens
+    room = model.config.n_context_train - max(map(len, suffixes)) - protocol.max_new_tokens
     if room < 1:
         raise LukvError("the questions do not fit the model's context length")
-    return tokenizer.begin_tokens(before + context)[: min(n_context, room)], suffixes
+    return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes
 
 
 def _silent(stage: str, done: int, total: int) -> None:

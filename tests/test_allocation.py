@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lukv_gguf import allocation
 from lukv_gguf.allocation import (
     apply_floor_and_blend,
     concave_envelope,
@@ -42,6 +43,7 @@ def gain_of(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.take_along_axis(kept[None], counts[:, :, None], axis=2).sum(axis=(1, 2))
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_greedy_is_optimal_on_the_relaxed_problem(gains: np.ndarray) -> None:
     relaxed = concave_envelope(gains)
@@ -49,6 +51,7 @@ def test_greedy_is_optimal_on_the_relaxed_problem(gains: np.ndarray) -> None:
     np.testing.assert_allclose(gain_of(relaxed, counts), best_gain(relaxed), atol=ROUNDING, rtol=ROUNDING)
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_greedy_is_optimal_on_the_original_problem_when_it_is_convex(gains: np.ndarray) -> None:
     falling = -np.sort(-gains, axis=1)
@@ -56,6 +59,7 @@ def test_greedy_is_optimal_on_the_original_problem_when_it_is_convex(gains: np.n
     np.testing.assert_allclose(gain_of(falling, counts), best_gain(falling), atol=ROUNDING, rtol=ROUNDING)
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_counts_sum_to_the_total_and_grow_with_it(gains: np.ndarray) -> None:
     totals = np.arange(gains.size + 1)
@@ -80,6 +84,7 @@ def test_total_out_of_range(total: int) -> None:
         greedy_counts(np.zeros((2, 2)), [total])
 
 
+@settings(deadline=None)
 @given(gain_tables)
 def test_envelope_is_the_smallest_concave_majorant(gains: np.ndarray) -> None:
     relaxed = concave_envelope(gains)
@@ -113,7 +118,7 @@ budgets = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)).fla
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(budgets, fractions, fractions)
 def test_floor_and_blend_keep_mean_and_bounds(budget: np.ndarray, floor: float, blend: float) -> None:
     ratio = budget.mean(axis=(1, 2))
@@ -123,6 +128,7 @@ def test_floor_and_blend_keep_mean_and_bounds(budget: np.ndarray, floor: float, 
     assert (result >= np.minimum(floor, ratio)[:, None, None] - 1e-12).all()
 
 
+@settings(deadline=None)
 @given(budgets, fractions)
 def test_a_budget_of_another_mean_is_brought_to_the_ratio(budget: np.ndarray, ratio: float) -> None:
     result = apply_floor_and_blend(budget, np.full(len(budget), ratio))
@@ -142,3 +148,37 @@ def test_fractions_are_checked(bad: float) -> None:
     for arguments in ((np.full((1, 2), bad), 0.5), (good, bad), (good, 0.5, bad), (good, 0.5, 0.0, bad)):
         with pytest.raises(LukvError, match="between 0 and 1"):
             apply_floor_and_blend(*arguments)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), st.integers(1, 9), st.floats(1.0, 50.0))
+def test_pyramid_falls_in_equal_steps(ratios: list[float], n_layer: int, beta: float) -> None:
+    table = allocation.pyramid_kv(ratios, n_layer, 3, beta)
+    assert table.shape == (len(ratios), n_layer, 3) and table.min() >= 0 and table.max() <= 1
+    np.testing.assert_allclose(table.mean(axis=(1, 2)), ratios, atol=1e-9)
+    steps = np.diff(table[:, :, 0], axis=1)
+    assert (steps <= 1e-12).all()
+    np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], steps.shape), atol=1e-9)
+
+
+def test_pyramid_at_one_ratio() -> None:
+    np.testing.assert_allclose(allocation.pyramid_kv(0.2, 3, 1)[:, 0], [0.39, 0.2, 0.01])
+    np.testing.assert_allclose(allocation.pyramid_kv(0.8, 3, 1)[:, 0], [1.0, 0.8, 0.6])
+    with pytest.raises(LukvError, match="beta"):
+        allocation.pyramid_kv(0.2, 3, 1, beta=0.5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.0, 1.0))
+def test_ada_kv_is_a_top_k_of_each_layer_above_the_safeguard(seed: int, safeguard: float) -> None:
+    scores = -np.sort(-np.random.default_rng(seed).normal(size=(2, 3, 20)), axis=-1)
+    ratios = np.array([0.0, 0.1, 0.5, 0.83, 1.0])
+    table = allocation.ada_kv(scores, ratios, safeguard)
+    np.testing.assert_allclose(table.mean(axis=2), np.rint(ratios * 60)[:, None].repeat(2, 1) / 60)
+    assert (table >= np.floor(safeguard * ratios * 20)[:, None, None] / 20 - 1e-12).all()
+    without = allocation.ada_kv(scores, ratios, 0.0)
+    for i, ratio in enumerate(ratios):
+        for layer in range(2):
+            threshold = np.sort(scores[layer].ravel())[::-1][: round(ratio * 60)]
+            expected = [(row >= threshold[-1]).sum() if len(threshold) else 0 for row in scores[layer]]
+            np.testing.assert_allclose(without[i, layer] * 20, expected)

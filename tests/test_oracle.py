@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_gguf import TinyModel, write_tiny
 
 from lukv_gguf.errors import LukvError
-from lukv_gguf.oracle import decode_oracle, loss_curve, optimality_gap
+from lukv_gguf.oracle import decode_oracle, loss_curve, optimality_gap, teacher_force
 from lukv_gguf.reference import ReferenceModel
 
 N_PREFIX = 40
@@ -90,6 +90,37 @@ def test_importance_equals_a_plain_forward_pass(objective: str, group: str, tmp_
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("group", ["mean", "max"])
+@pytest.mark.parametrize("objective", ["relative", "paper"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe", "gemma2", "gemma3", "command-r"])
+def test_teacher_forcing_sees_what_decoding_saw(arch: str, objective: str, group: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", arch, n_layer=4).path
+    model = ReferenceModel.load(path)
+    prefix, suffixes = random_tokens(70), [random_tokens(5, seed=1), random_tokens(1, seed=2), random_tokens(3, seed=3)]
+    cache = model.prefill(prefix, n_query=6)
+    end = model.decode_batch(cache, suffixes, 3)[0][2]
+    choices = {"objective": objective, "group": group}
+    decoded = decode_oracle(model, cache, suffixes, 5, end_tokens={end}, **choices)
+
+    streamed = ReferenceModel.load(path, stream=True)
+    layers = list(teacher_force(streamed, prefix, suffixes, decoded.answers, 5, n_query=6, **choices))
+    forced = np.stack([layer.importance.numpy() for layer in layers], axis=1)
+    np.testing.assert_allclose(forced, decoded.importance, rtol=1e-3, atol=1e-6)
+    for layer, keys, queries in zip(layers, cache.keys, cache.queries):
+        np.testing.assert_allclose(layer.state.keys, keys, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.state.queries, queries, rtol=1e-4, atol=1e-5)
+
+    rest = teacher_force(streamed, prefix, suffixes, decoded.answers, 5, start=layers[1].streams, **choices)
+    np.testing.assert_array_equal(np.stack([layer.importance for layer in rest], axis=1), forced[:, 2:])
+
+
+def test_teacher_forcing_needs_tokens(tmp_path: Path) -> None:
+    model = ReferenceModel.load(write_tiny(tmp_path / "tiny.gguf").path)
+    for suffixes, answers in (([], []), ([[]], [[]]), ([[5]], [[300, 1]])):
+        with pytest.raises(LukvError, match="token|suffix"):
+            next(teacher_force(model, [4, 5], suffixes, answers, 3))
+
+
 def test_unknown_choices_are_told(tmp_path: Path) -> None:
     model = ReferenceModel.load(write_tiny(tmp_path / "tiny.gguf").path)
     cache = model.prefill([5, 6])
@@ -102,6 +133,7 @@ def test_unknown_choices_are_told(tmp_path: Path) -> None:
 importances = arrays(np.float32, (3, 12), elements=st.floats(0, 100, width=32))
 
 
+@settings(deadline=None)
 @given(importances, st.integers(0, 12))
 def test_gap_is_the_difference_of_two_loss_curves(importance: np.ndarray, kept: int) -> None:
     ranking = np.array([np.random.default_rng(kept + i).permutation(12) for i in range(3)])

@@ -15,6 +15,7 @@ from lukv_gguf import allocation, metrics, oracle
 from lukv_gguf.errors import LukvError
 from lukv_gguf.profile import GRID_RATIOS, Profile, profile_model, rank_positions, solve_budgets
 from lukv_gguf.reference import ReferenceModel, Tokenizer
+from lukv_gguf.stability import rank_correlation
 
 CONTEXT = " ".join(f"w{i * i % 39 + 1} and {i}" for i in range(60))
 QUESTIONS = ["what is w7?", "how many?", "w3 w4 w5"]
@@ -120,9 +121,11 @@ def test_a_head_that_alone_matters_gets_the_cells() -> None:
     importance = np.full((2, 1, 2, 10), 1e-6)
     importance[:, 0, 1] = 1.0
     ranking = np.broadcast_to(np.arange(10), (1, 2, 10))
-    budget, gap = solve_budgets(importance, ranking, np.array([0.25, 0.5, 0.75]))
-    np.testing.assert_allclose(budget[:, 0], [[0.0, 0.5], [0.0, 1.0], [0.5, 1.0]])
-    np.testing.assert_allclose(gap, 0.0, atol=1e-12)
+    solution = solve_budgets(importance, ranking, np.array([0.25, 0.5, 0.75]))
+    for budget in solution.query_budget:
+        np.testing.assert_allclose(budget[:, 0], [[0.0, 0.5], [0.0, 1.0], [0.5, 1.0]])
+    np.testing.assert_allclose(solution.gap, 0.0, atol=1e-12)
+    np.testing.assert_allclose(solution.marginal, importance[0], rtol=1e-6)
 
 
 def test_progress_is_told(tiny_path: Path) -> None:
@@ -164,6 +167,18 @@ def test_the_context_fits_the_model(tmp_path: Path) -> None:
 def test_bad_arguments_are_told(changes: dict[str, Any], message: str, tiny_path: Path) -> None:
     with pytest.raises(LukvError, match=message):
         make_profile(tiny_path, **changes)
+
+
+@pytest.mark.real_model
+def test_the_deployed_models_answers_give_the_same_budgets(smollm2: Path) -> None:
+    text = Path(allocation.__file__).read_text()
+    arguments: dict[str, Any] = {"context": text, "questions": ["What is blend?", "List the functions."]}
+    by_torch, by_llama = (
+        profile_model(smollm2, n_context=600, max_new_tokens=8, engine=engine, **arguments)
+        for engine in ("torch", "llama")
+    )
+    correlation = rank_correlation(by_torch.budget, by_llama.budget)
+    assert correlation[19] > 0.85 and correlation.mean() > 0.85  # 0.93: two questions, and answers that differ
 
 
 @pytest.mark.real_model

@@ -9,7 +9,19 @@ from typing import Any
 import gguf
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "granite", "starcoder2", "olmo2",
+    "smollm3", "exaone", "command-r",
+)  # fmt: skip
+_LAYER_NORM = ("starcoder2", "command-r")
+_ALWAYS_TIED = ("gemma2", "command-r")
+_POST_NORMS = ("gemma2", "gemma3", "olmo2")
+_METADATA: dict[str, dict[str, Any]] = {
+    "gemma2": {"attention.sliding_window": 40, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    "gemma3": {"attention.sliding_window": 40, "attention.sliding_window_pattern": 2},
+    "granite": {"attention.scale": 0.1, "residual_scale": 0.5, "embedding_scale": 3.0, "logit_scale": 2.0},
+    "command-r": {"logit_scale": 0.5},
+}
 FIRST_BYTE_TOKEN = 3  # after <unk>, <s> and </s>
 FIRST_WORD_TOKEN = FIRST_BYTE_TOKEN + 256
 
@@ -52,6 +64,8 @@ def write_tiny(
     rope_scale: float | None = None,
     tied_embeddings: bool = False,
     biases: bool | None = None,
+    n_expert: int | None = None,
+    rope_factors: bool = False,
     chat_template: str | None = None,
     attention_sharpness: float = 2.0,
     extra: dict[str, Any] | None = None,
@@ -63,7 +77,7 @@ def write_tiny(
     path
         File to write.
     arch
-        ``llama``, ``qwen2`` or ``qwen3``.
+        One of `ARCHITECTURES`.
     n_embd
         Width of the residual stream; ``n_head * d_head`` by default. Any other width makes
         ``attention.key_length`` and ``attention.value_length`` necessary, and they are written.
@@ -74,7 +88,11 @@ def write_tiny(
     rope_scale
         Factor of a linear RoPE scaling.
     biases
-        Biases of the attention projections; by default what ``arch`` demands (qwen2).
+        Biases of the query, key and value projections; by default what ``arch`` demands (qwen2).
+    n_expert
+        Experts of the MLP, two of which are used; by default four for architectures that have them, else 0.
+    rope_factors
+        Add LongRoPE's two sets of factors.
     attention_sharpness
         About the standard deviation of query and key components: the larger, the more clearly a
         head prefers some positions.
@@ -92,7 +110,8 @@ def write_tiny(
         raise ValueError(f"n_vocab must be at least {FIRST_WORD_TOKEN}")
     default_width = n_head * d_head
     n_embd = default_width if n_embd is None else n_embd
-    biases = arch == "qwen2" if biases is None else biases
+    biases = arch in ("qwen2", "qwen2moe", "starcoder2") if biases is None else biases
+    n_expert = (4 if arch.endswith("moe") else 0) if n_expert is None else n_expert
     rng = np.random.default_rng(seed)
 
     def matrix(n_out: int, n_in: int, gain: float = 1.0) -> np.ndarray:
@@ -101,33 +120,75 @@ def write_tiny(
     def vector(n: int, mean: float, spread: float) -> np.ndarray:
         return (mean + spread * rng.standard_normal(n)).astype(np.float32)
 
-    tensors: dict[str, np.ndarray] = {"token_embd.weight": matrix(n_vocab, n_embd, np.sqrt(n_embd))}
+    def experts(n_out: int, n_in: int) -> np.ndarray:
+        return np.stack([matrix(n_out, n_in) for _ in range(n_expert)])
+
+    embedding_gain = 1.0 if arch.startswith("gemma") else np.sqrt(n_embd)
+    tensors: dict[str, np.ndarray] = {"token_embd.weight": matrix(n_vocab, n_embd, embedding_gain)}
     if rope_freqs:
         tensors["rope_freqs.weight"] = np.linspace(1.0, 8.0, d_head // 2, dtype=np.float32)
+    if rope_factors:
+        tensors["rope_factors_long.weight"] = np.linspace(1.0, 20.0, d_head // 2, dtype=np.float32)
+        tensors["rope_factors_short.weight"] = np.linspace(1.0, 2.0, d_head // 2, dtype=np.float32)
     for layer in range(n_layer):
         block = f"blk.{layer}."
-        tensors[block + "attn_norm.weight"] = vector(n_embd, 1.0, 0.1)
-        tensors[block + "attn_q.weight"] = matrix(n_head * d_head, n_embd, attention_sharpness)
-        tensors[block + "attn_k.weight"] = matrix(n_head_kv * d_head, n_embd, attention_sharpness)
-        tensors[block + "attn_v.weight"] = matrix(n_head_kv * d_head, n_embd)
+        if arch != "olmo2":
+            tensors[block + "attn_norm.weight"] = vector(n_embd, 1.0, 0.1)
+        q = matrix(n_head * d_head, n_embd, attention_sharpness)
+        k = matrix(n_head_kv * d_head, n_embd, attention_sharpness)
+        v = matrix(n_head_kv * d_head, n_embd)
+        if arch == "phi3":
+            tensors[block + "attn_qkv.weight"] = np.concatenate((q, k, v))
+        else:
+            for name, weight in (("q", q), ("k", k), ("v", v)):
+                tensors[block + f"attn_{name}.weight"] = weight
         tensors[block + "attn_output.weight"] = matrix(n_embd, n_head * d_head)
         if biases:
             tensors[block + "attn_q.bias"] = vector(n_head * d_head, 0.0, 0.5)
             tensors[block + "attn_k.bias"] = vector(n_head_kv * d_head, 0.0, 0.5)
             tensors[block + "attn_v.bias"] = vector(n_head_kv * d_head, 0.0, 0.5)
-        if arch == "qwen3":
+        if arch in ("qwen3", "qwen3moe", "gemma3"):
             tensors[block + "attn_q_norm.weight"] = vector(d_head, attention_sharpness, 0.1)
             tensors[block + "attn_k_norm.weight"] = vector(d_head, 1.0, 0.1)
-        tensors[block + "ffn_norm.weight"] = vector(n_embd, 1.0, 0.1)
-        tensors[block + "ffn_gate.weight"] = matrix(n_ff, n_embd)
-        tensors[block + "ffn_up.weight"] = matrix(n_ff, n_embd)
-        tensors[block + "ffn_down.weight"] = matrix(n_embd, n_ff)
+        elif arch == "olmo2":
+            tensors[block + "attn_q_norm.weight"] = vector(n_head * d_head, attention_sharpness, 0.1)
+            tensors[block + "attn_k_norm.weight"] = vector(n_head_kv * d_head, 1.0, 0.1)
+        elif arch == "command-r" and n_layer >= 64:
+            tensors[block + "attn_q_norm.weight"] = vector(n_head * d_head, 1.0, 0.1).reshape(n_head, d_head)
+            tensors[block + "attn_k_norm.weight"] = vector(n_head_kv * d_head, 1.0, 0.1).reshape(n_head_kv, d_head)
+        if arch not in ("olmo2", "command-r"):
+            tensors[block + "ffn_norm.weight"] = vector(n_embd, 1.0, 0.1)
+        if n_expert:
+            tensors[block + "ffn_gate_inp.weight"] = matrix(n_expert, n_embd, 3.0)
+            tensors[block + "ffn_gate_exps.weight"] = experts(n_ff, n_embd)
+            tensors[block + "ffn_up_exps.weight"] = experts(n_ff, n_embd)
+            tensors[block + "ffn_down_exps.weight"] = experts(n_embd, n_ff)
+            if arch == "qwen2moe":
+                tensors[block + "ffn_gate_inp_shexp.weight"] = vector(n_embd, 0.0, 0.3)
+                tensors[block + "ffn_gate_shexp.weight"] = matrix(n_ff, n_embd)
+                tensors[block + "ffn_up_shexp.weight"] = matrix(n_ff, n_embd)
+                tensors[block + "ffn_down_shexp.weight"] = matrix(n_embd, n_ff)
+        else:
+            if arch not in ("phi3", "starcoder2"):
+                tensors[block + "ffn_gate.weight"] = matrix(n_ff, n_embd)
+            tensors[block + "ffn_up.weight"] = matrix(2 * n_ff if arch == "phi3" else n_ff, n_embd)
+            tensors[block + "ffn_down.weight"] = matrix(n_embd, n_ff)
+        if arch in _POST_NORMS:
+            tensors[block + "post_attention_norm.weight"] = vector(n_embd, 1.0, 0.1)
+            tensors[block + "post_ffw_norm.weight"] = vector(n_embd, 1.0, 0.1)
+        if arch == "starcoder2":
+            for name, n in (("attn_norm", n_embd), ("attn_output", n_embd), ("ffn_norm", n_embd)):
+                tensors[block + name + ".bias"] = vector(n, 0.0, 0.3)
+            tensors[block + "ffn_up.bias"] = vector(n_ff, 0.0, 0.3)
+            tensors[block + "ffn_down.bias"] = vector(n_embd, 0.0, 0.3)
     tensors["output_norm.weight"] = vector(n_embd, 1.0, 0.1)
-    if not tied_embeddings:
+    if arch == "starcoder2":
+        tensors["output_norm.bias"] = vector(n_embd, 0.0, 0.3)
+    if not tied_embeddings and arch not in _ALWAYS_TIED:
         tensors["output.weight"] = matrix(n_vocab, n_embd, 3.0)
 
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_name(f"tiny-{arch}")
+    writer.add_name("tiny")  # llama.cpp expects special tokens of a model that is called phi3
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(n_embd)
@@ -135,16 +196,26 @@ def write_tiny(
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
     writer.add_head_count_kv(n_head_kv)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if arch in _LAYER_NORM:
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(rope_base)
     writer.add_rope_dimension_count(d_head)
     writer.add_vocab_size(n_vocab)
-    if n_embd != default_width or arch == "qwen3":
+    if n_embd != default_width or arch in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         writer.add_key_length(d_head)
         writer.add_value_length(d_head)
+    if n_expert:
+        writer.add_expert_count(n_expert)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(n_ff)
     if rope_scale is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope_scale)
+    for key, value in _METADATA.get(arch, {}).items():
+        if f"{arch}.{key}" not in (extra or {}):
+            _add_value(writer, f"{arch}.{key}", value)
     _add_tokenizer(writer, n_vocab, chat_template)
     for key, value in (extra or {}).items():
         _add_value(writer, key, value)

@@ -1,7 +1,8 @@
 """The calibration text and its questions: what a profile is made from.
 
 The default context is about 4,000 tokens of original prose, written for this project and part of no benchmark. Each of
-its 30 questions is about a different part of it: facts, exact quotations, lists and summaries.
+its 30 questions is about a different part of it: facts, exact quotations, lists and summaries. A shorter program and a
+shorter dialogue, with 15 questions each, show whether a profile depends on the kind of text.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from lukv_gguf.errors import LukvError
 
 
-def load_default() -> tuple[str, list[str]]:
-    """Return the context and the 30 questions that ship with the package."""
+def load_default(name: str = "prose") -> tuple[str, list[str]]:
+    """Return a context and its questions that ship with the package: ``prose``, ``code`` or ``dialogue``."""
+    suffix = "" if name == "prose" else f"_{name}"
     folder = resources.files(__name__)
-    context = folder.joinpath("context.txt").read_text(encoding="utf-8")
-    return context, json.loads(folder.joinpath("questions.json").read_text(encoding="utf-8"))["questions"]
+    context = folder.joinpath(f"context{suffix}.txt").read_text(encoding="utf-8")
+    return context, json.loads(folder.joinpath(f"questions{suffix}.json").read_text(encoding="utf-8"))["questions"]
 
 
 def load(context_path: str | PathLike[str], questions_path: str | PathLike[str]) -> tuple[str, list[str]]:

@@ -98,10 +98,9 @@ class BoundedDecoder:
 
         model = self._model
         new = torch.arange(self._n_past, self._n_past + len(tokens))
-        rotation = model._rope.at(new)
         x = model._embed(torch.tensor(tokens))
         for i, layer in enumerate(model._layers):
-            q, k, v = model._project(layer, x, rotation)
+            q, k, v = model._project(layer, x, new)
             heads = [self._attend(i, head, q, k[:, head], v[:, head], new) for head in range(model.config.n_head_kv)]
             x = model._finish_layer(layer, x, torch.cat(heads, dim=1).flatten(1))
         self._n_past += len(tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -31,10 +32,13 @@ class KVCache:
     ----------
     keys : list of Tensor [n_head_kv, T, d_key], float32
     values : list of Tensor [n_head_kv, T, d_value], float32
+    queries : list of Tensor [n_head, w, d_key], float32
+        Queries of the last w tokens after RoPE, as far as `ReferenceModel.prefill` was asked for them.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
+    queries: list[Tensor] = field(default_factory=list)
 
     @property
     def n_token(self) -> int:
@@ -63,21 +67,61 @@ class DecodeObserver(Protocol):
 
 
 @dataclass
-class _Layer:
-    """Weights of one block; query, key and value (and gate and up) are stacked into one matrix."""
+class _Norm:
+    weight: Tensor | None
+    bias: Tensor | None
 
-    attn_norm: Tensor
+
+@dataclass
+class _Mlp:
+    """Weights of an MLP, or of several experts along a first dimension; gate and up are stacked into one matrix."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def gated(self) -> bool:
+        return self.gate_up.shape[-2] == 2 * self.down.shape[-1]
+
+
+@dataclass
+class _Layer:
+    """Weights of one block; query, key and value are stacked into one matrix."""
+
+    windowed: bool
+    rope: RotaryEmbedding | None
+    attn_norm: _Norm | None
     qkv: Tensor
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
     attn_output: Tensor
     attn_output_bias: Tensor | None
-    ffn_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    attn_post_norm: _Norm | None
+    ffn_norm: _Norm | None
+    mlp: _Mlp | None
+    router: Tensor | None
+    experts: _Mlp | None
+    shared_router: Tensor | None
+    ffn_post_norm: _Norm | None
+
+
+class _StreamedLayers(Sequence[_Layer]):
+    """The layers of a model, each dequantised when it is asked for and kept nowhere."""
+
+    def __init__(self, load: Callable[[int], _Layer], n_layer: int) -> None:
+        self._load = load
+        self._n_layer = n_layer
+
+    def __len__(self) -> int:
+        return self._n_layer
+
+    def __getitem__(self, index: int) -> _Layer:  # type: ignore[override]
+        if not 0 <= index < self._n_layer:
+            raise IndexError(index)
+        return self._load(index)
 
 
 class ReferenceModel:
@@ -85,23 +129,33 @@ class ReferenceModel:
 
     The residual stream, norms and attention are float32; the weights, and the activations that they
     multiply, have the dtype that the model was loaded with. Make one with `ReferenceModel.load`.
+
+    `oracle.teacher_force` and `bounded.BoundedDecoder` walk through its layers themselves, with the
+    methods for parts of a layer.
     """
 
-    def __init__(self, file: GGUFFile, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, file: GGUFFile, dtype: torch.dtype, device: torch.device, stream: bool = False) -> None:
         self.config = ModelConfig.from_gguf(file)
         self.device = device
         self.dtype = dtype
         self._file = file
-        self._embedding = self._weight("token_embd.weight")
-        self._layers = [self._load_layer(f"blk.{i}.") for i in range(self.config.n_layer)]
-        self._output_norm = self._vector("output_norm.weight")
-        self._output = self._weight("output.weight") if file.has_tensor("output.weight") else self._embedding
-        divisors = self._vector("rope_freqs.weight") if file.has_tensor("rope_freqs.weight") else None
-        self._rope = RotaryEmbedding(self.config, divisors, device)
+        interleaved = self.config.family.interleaved_rope
+        self._rope = RotaryEmbedding(self.config.rope, interleaved, self._frequency_divisors(), device)
+        self._window_rope = self._rope
+        if self.config.window_rope != self.config.rope:
+            self._window_rope = RotaryEmbedding(self.config.window_rope, interleaved, None, device)
+        layers = _StreamedLayers(self._load_layer, self.config.n_layer)
+        self._layers: Sequence[_Layer] = layers if stream else list(layers)
+        self._output_norm = self._norm_of("output_norm")
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        stream: bool = False,
     ) -> ReferenceModel:
         """Load a model from a GGUF file, dequantised.
 
@@ -111,28 +165,41 @@ class ReferenceModel:
             The GGUF file; of a split model, the first shard.
         dtype
             Type of the weights: ``torch.float32``, or ``torch.bfloat16`` for half the memory.
+        device
+            Where it computes.
+        stream
+            Hold one layer at a time: it is read again whenever it is needed.
 
         Raises
         ------
         LukvError
             The file cannot be read, or the model in it is not supported.
         """
-        return cls(GGUFFile(path), dtype, torch.device(device))
+        return cls(GGUFFile(path), dtype, torch.device(device), stream)
 
     @property
     def n_vocab(self) -> int:
         """Number of tokens in the vocabulary."""
-        return self._output.shape[0]
+        return self._file.shape("token_embd.weight")[0]
+
+    @property
+    def has_long_rope(self) -> bool:
+        """Whether LongRoPE's factors for an extended context are in use, as in llama.cpp with a long enough context."""
+        extended = self.config.n_context_train > self.config.rope.n_context_original
+        return extended and self._file.has_tensor("rope_factors_long.weight")
 
     def output_weight(self, layer: int) -> Tensor:
         """W_O of a layer, one slice per query head: [n_head_kv, n_group, d_value, n_embd], float32."""
+        return self._output_weight(self._layers[layer])
+
+    def _output_weight(self, layer: _Layer) -> Tensor:
         config = self.config
-        heads = self._layers[layer].attn_output.to(torch.float32).T
+        heads = layer.attn_output.to(torch.float32).T
         return heads.reshape(config.n_head_kv, config.n_group, config.d_value, config.n_embd)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> KVCache:
-        """Read a prompt.
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None, n_query: int = 0) -> KVCache:
+        """Read a prompt, and keep the queries of its last `n_query` tokens.
 
         It runs layer by layer over the whole prompt with fused attention, so that besides the cache
         only a few [T, n_embd] tensors exist.
@@ -142,12 +209,14 @@ class ReferenceModel:
         LukvError
             No tokens, or one outside the vocabulary.
         """
-        return self._run(tokens, progress, keep_cache=True)[1]
+        cache = KVCache([], [])
+        self._run(tokens, progress, cache, n_query)
+        return cache
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits at every position: [T, n_vocab], float32."""
-        return self._to_logits(self._run(tokens, None, keep_cache=False)[0])
+        return self._to_logits(self._run(tokens))
 
     @torch.inference_mode()
     def decode_batch(
@@ -196,7 +265,7 @@ class ReferenceModel:
 
         answers: list[list[int]] = [[] for _ in suffixes]
         rows = torch.arange(len(suffixes), device=self.device)
-        tokens = torch.tensor([suffix[-1] for suffix in suffixes], device=self.device)
+        tokens = torch.tensor([suffix[-1] for suffix in suffixes])
         offsets = lengths - 1
         for step in range(n_new):
             chosen = self._decode_step(prefix, own, rows, tokens, offsets, observer)
@@ -217,23 +286,54 @@ class ReferenceModel:
     # One pass over a whole sequence
 
     def _run(
-        self, tokens: Sequence[int], progress: Progress | None, keep_cache: bool
-    ) -> tuple[Tensor, KVCache]:
+        self,
+        tokens: Sequence[int],
+        progress: Progress | None = None,
+        cache: KVCache | None = None,
+        n_query: int = 0,
+    ) -> Tensor:
         self._check_tokens(tokens)
-        cache = KVCache([], [])
-        x = self._embed(torch.tensor(tokens, device=self.device))
-        rotation = self._rope.at(torch.arange(len(tokens), device=self.device))
+        x = self._embed(torch.tensor(tokens))
+        positions = torch.arange(len(tokens))
         for i, layer in enumerate(self._layers):
-            q, k, v = (t.transpose(0, 1).contiguous() for t in self._project(layer, x, rotation))
-            if keep_cache:
+            q, k, v, x = self._prefill_layer(layer, x, positions)
+            if cache is not None:
                 cache.keys.append(k)
                 cache.values.append(v)
-            heads = (k.repeat_interleave(self.config.n_group, 0), v.repeat_interleave(self.config.n_group, 0))
-            attended = F.scaled_dot_product_attention(q[None], heads[0][None], heads[1][None], is_causal=True)[0]
-            x = self._finish_layer(layer, x, attended.transpose(0, 1).flatten(1))
+                cache.queries.append(q[:, max(0, q.shape[1] - n_query) :].clone())
             if progress is not None:
                 progress(i + 1, len(self._layers))
-        return x, cache
+        return x
+
+    def _prefill_layer(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One layer over a whole prompt: queries, keys and values [heads, T, d], and the residual stream after it."""
+        q, k, v = (t.transpose(0, 1).contiguous() for t in self._project(layer, x, positions))
+        heads = (k.repeat_interleave(self.config.n_group, 0), v.repeat_interleave(self.config.n_group, 0))
+        attended = self._attend_causally(layer, q, *heads)
+        return q, k, v, self._finish_layer(layer, x, attended.transpose(0, 1).flatten(1))
+
+    def _attend_causally(self, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a prompt to itself, all [n_head, T, d]. Fused, except where scores are capped."""
+        scale, n_token = self.config.attention_scale, q.shape[1]
+        if not layer.windowed and not self.config.attention_cap:
+            return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
+        position = torch.arange(n_token, device=self.device)
+        outputs = []
+        for part in _slices(n_token, max(1, _SCORE_CELLS // (q.shape[0] * n_token))):
+            scores = self._cap(q[:, part] @ k.transpose(1, 2) * scale)
+            hidden = self._hidden(layer, position[part], position)
+            outputs.append(scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1) @ v)
+        return torch.cat(outputs, dim=1)
+
+    def _hidden(self, layer: _Layer, query: Tensor, key: Tensor) -> Tensor:
+        """Which keys a query may not see, by their positions: broadcasts [..., n_query] with [n_key]."""
+        ahead = query[..., None] - key
+        hidden = ahead < 0
+        return hidden | (ahead >= self.config.window) if layer.windowed else hidden
+
+    def _cap(self, scores: Tensor) -> Tensor:
+        cap = self.config.attention_cap
+        return scores.div_(cap).tanh_().mul_(cap) if cap else scores
 
     # Queries that share a prefix
 
@@ -242,20 +342,24 @@ class ReferenceModel:
         width = max(len(suffix) for suffix in suffixes)
         if width == 0:
             return
-        padded = torch.tensor([[*suffix, *[0] * (width - len(suffix))] for suffix in suffixes], device=self.device)
+        padded = torch.tensor([[*suffix, *[0] * (width - len(suffix))] for suffix in suffixes])
         offsets = torch.arange(width, device=self.device)
-        causal = offsets[:, None] >= torch.arange(own.width, device=self.device)
         rows_at_once = max(1, _SCORE_CELLS // (width * self.config.n_head * prefix.n_token))
-        rotation = self._rope.at(prefix.n_token + offsets)
         x = self._embed(padded)
         for i, layer in enumerate(self._layers):
-            q, k, v = self._project(layer, x, rotation)
+            q, k, v = self._project(layer, x, prefix.n_token + offsets)
             own.keys[i][:, :, :width] = k.transpose(1, 2)
             own.values[i][:, :, :width] = v.transpose(1, 2)
             attended = torch.cat(
                 [
-                    self._attend(q[part], prefix, own, i, causal.expand(len(q[part]), -1, -1), part)[0]
-                    for part in _slices(len(q), rows_at_once)
+                    self._attend(
+                        layer,
+                        q[rows],
+                        offsets.expand(len(q[rows]), -1),
+                        (prefix.keys[i], prefix.values[i]),
+                        (own.keys[i][rows], own.values[i][rows]),
+                    )[0]
+                    for rows in _slices(len(q), rows_at_once)
                 ]
             )
             x = self._finish_layer(layer, x, attended)
@@ -269,29 +373,33 @@ class ReferenceModel:
         offsets: Tensor,
         observer: DecodeObserver | None,
     ) -> Tensor:
-        n_row = len(rows)
-        every_row = torch.arange(n_row, device=self.device)
-        visible = (torch.arange(own.width, device=self.device) <= offsets[:, None])[:, None]
-        rotation = self._rope.at((prefix.n_token + offsets)[:, None])
+        every_row = torch.arange(len(rows), device=self.device)
         x = self._embed(tokens)[:, None]
         for i, layer in enumerate(self._layers):
             residual_norm = torch.linalg.vector_norm(x[:, 0], dim=-1)
-            q, k, v = self._project(layer, x, rotation)
+            q, k, v = self._project(layer, x, (prefix.n_token + offsets)[:, None])
             own.keys[i][every_row, :, offsets] = k[:, 0]
             own.values[i][every_row, :, offsets] = v[:, 0]
-            attended, weights = self._attend(q, prefix, own, i, visible, slice(0, n_row))
+            far, near = (prefix.keys[i], prefix.values[i]), (own.keys[i], own.values[i])
+            attended, weights = self._attend(layer, q, offsets[:, None], far, near)
             if observer is not None:
                 observer(i, rows, weights.transpose(0, 1), residual_norm)
             x = self._finish_layer(layer, x, attended)
         return self._to_logits(x[:, 0]).argmax(dim=-1)
 
     def _attend(
-        self, q: Tensor, prefix: KVCache, own: _SuffixCache, layer: int, visible: Tensor, part: slice
+        self,
+        layer: _Layer,
+        q: Tensor,
+        offsets: Tensor,
+        prefix: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Attention of each query's tokens over the shared prefix and its own tokens.
 
-        `q` is [n_row, n_token, n_head, d_key], `visible` [n_row, n_token, own width]. Returns the heads'
-        outputs [n_row, n_token, n_head * d_value], and the weights over the prefix
+        `q` is [n_row, n_token, n_head, d_key], `offsets` [n_row, n_token] counts positions from the end of the
+        prefix, `prefix` holds keys and values [n_head_kv, T, d], `own` [n_row, n_head_kv, width, d]. Returns the
+        heads' outputs [n_row, n_token, n_head * d_value], and the weights over the prefix
         [n_head_kv, n_row, n_token * n_group, T].
         """
         config = self.config
@@ -299,13 +407,19 @@ class ReferenceModel:
         n_query = n_token * config.n_group
         grouped = q.reshape(n_row, n_token, config.n_head_kv, config.n_group, config.d_key)
         grouped = grouped.permute(2, 0, 1, 3, 4).reshape(config.n_head_kv, n_row * n_query, config.d_key)
-        grouped = grouped * config.d_key**-0.5
-        own_keys, own_values = own.keys[layer][part].transpose(0, 1), own.values[layer][part].transpose(0, 1)
+        grouped = grouped * config.attention_scale
+        own_keys, own_values = own[0].transpose(0, 1), own[1].transpose(0, 1)
+        n_prefix, width = prefix[0].shape[1], own_keys.shape[2]
 
         # All rows share the prefix: one matrix product per KV head instead of one per row and head.
-        far = torch.bmm(grouped, prefix.keys[layer].transpose(1, 2))
-        near = grouped.view(config.n_head_kv, n_row, n_query, -1) @ own_keys.transpose(2, 3)
-        hidden = ~visible.repeat_interleave(config.n_group, dim=1)
+        far = self._cap(torch.bmm(grouped, prefix[0].transpose(1, 2)))
+        if layer.windowed:
+            hidden = self._hidden(layer, n_prefix + offsets, torch.arange(n_prefix, device=self.device))
+            hidden = hidden.repeat_interleave(config.n_group, dim=1).view(n_row * n_query, n_prefix)
+            far = far.masked_fill_(hidden, float("-inf"))
+        near = self._cap(grouped.view(config.n_head_kv, n_row, n_query, -1) @ own_keys.transpose(2, 3))
+        hidden = self._hidden(layer, offsets, torch.arange(width, device=self.device))
+        hidden = hidden.repeat_interleave(config.n_group, dim=1)
         near = near.masked_fill_(hidden, float("-inf")).view(config.n_head_kv, n_row * n_query, -1)
 
         # A softmax over both parts without joining them: the joint maximum and sum, then a division.
@@ -315,7 +429,7 @@ class ReferenceModel:
         total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
         far = far.div_(total)
         near = near.div_(total).view(config.n_head_kv, n_row, n_query, -1)
-        out = torch.bmm(far, prefix.values[layer]).view(config.n_head_kv, n_row, n_query, -1) + near @ own_values
+        out = torch.bmm(far, prefix[1]).view(config.n_head_kv, n_row, n_query, -1) + near @ own_values
         out = out.view(config.n_head_kv, n_row, n_token, config.n_group, config.d_value)
         out = out.permute(1, 2, 0, 3, 4).reshape(n_row, n_token, -1)
         return out, far.view(config.n_head_kv, n_row, n_query, -1)
@@ -323,39 +437,90 @@ class ReferenceModel:
     # Parts of a layer
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self._embedding[tokens].to(torch.float32)
+        """Embeddings of tokens of any shape; only their rows are dequantised."""
+        distinct, places = tokens.cpu().unique(return_inverse=True)
+        rows = self._file.rows("token_embd.weight", distinct.tolist()).to(self.device)
+        return rows[places.to(self.device)] * self.config.embedding_scale
 
-    def _project(self, layer: _Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: _Layer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys after RoPE, and values: [..., n_token, heads, d]."""
         config = self.config
         qkv = self._linear(self._norm(x, layer.attn_norm), layer.qkv, layer.qkv_bias)
         sizes = [config.n_head * config.d_key, config.n_head_kv * config.d_key, config.n_head_kv * config.d_value]
         q, k, v = qkv.split(sizes, dim=-1)
-        q = q.unflatten(-1, (config.n_head, config.d_key))
-        k = k.unflatten(-1, (config.n_head_kv, config.d_key))
+        q = self._head_norm(q.unflatten(-1, (config.n_head, config.d_key)), layer.q_norm)
+        k = self._head_norm(k.unflatten(-1, (config.n_head_kv, config.d_key)), layer.k_norm)
         v = v.unflatten(-1, (config.n_head_kv, config.d_value))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        return self._rope.rotate(q, rotation), self._rope.rotate(k, rotation), v
+        if layer.rope is not None:
+            rotation = layer.rope.at(positions)
+            q, k = layer.rope.rotate(q, rotation), layer.rope.rotate(k, rotation)
+        return q, k, v
 
     def _finish_layer(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self._linear(attended, layer.attn_output, layer.attn_output_bias)
-        return torch.cat([self._add_mlp(layer, rows) for rows in x.split(_MLP_ROWS)])
+        written = self._linear(attended, layer.attn_output, layer.attn_output_bias)
+        after = x + self.config.residual_scale * self._norm(written, layer.attn_post_norm)
+        if self.config.family.parallel_mlp:
+            return after + torch.cat([self._ffn(layer, rows) for rows in x.split(_MLP_ROWS)])
+        return torch.cat([rows + self._ffn(layer, rows) for rows in after.split(_MLP_ROWS)])
 
-    def _add_mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        gate_up = self._linear(self._norm(x, layer.ffn_norm), layer.gate_up, layer.gate_up_bias)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return x + self._linear(F.silu(gate) * up, layer.down, layer.down_bias)
+    def _ffn(self, layer: _Layer, x: Tensor) -> Tensor:
+        x = self._norm(x, layer.attn_norm if self.config.family.parallel_mlp else layer.ffn_norm)
+        out = torch.zeros_like(x)
+        if layer.router is not None and layer.experts is not None:
+            out = self._mix_experts(layer.experts, layer.router, x)
+        if layer.mlp is not None:
+            dense = self._mlp(x, layer.mlp)
+            if layer.shared_router is not None:
+                dense = dense * (x * layer.shared_router).sum(dim=-1, keepdim=True).sigmoid()
+            out = out + dense
+        return self.config.residual_scale * self._norm(out, layer.ffn_post_norm)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
+    def _mix_experts(self, experts: _Mlp, router: Tensor, x: Tensor) -> Tensor:
+        weights, chosen = F.linear(x, router).softmax(dim=-1).topk(self.config.n_expert_used, dim=-1)
+        if self.config.family.normalized_experts:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        rows, weights, chosen = x.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)
+        out = torch.zeros_like(rows)
+        for i in chosen.unique().tolist():
+            row, rank = (chosen == i).nonzero(as_tuple=True)
+            expert = _Mlp(experts.gate_up[i], experts.down[i])
+            out.index_add_(0, row, self._mlp(rows[row], expert) * weights[row, rank, None])
+        return out.view_as(x)
+
+    def _mlp(self, x: Tensor, mlp: _Mlp) -> Tensor:
+        inner = self._linear(x, mlp.gate_up, mlp.gate_up_bias)
+        gate, up = inner.chunk(2, dim=-1) if mlp.gated else (inner, None)
+        gate = F.silu(gate) if self.config.family.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self._linear(gate if up is None else gate * up, mlp.down, mlp.down_bias)
+
+    def _norm(self, x: Tensor, norm: _Norm | None) -> Tensor:
+        if norm is None:
+            return x
+        if self.config.family.norm == "layer":
+            return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, self.config.norm_eps)
+        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.config.norm_eps)
+
+    def _head_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Norm of queries or keys [..., heads, d]: of each head, or of all together if the weight covers them flat."""
+        if weight is None:
+            return x
+        if weight.dim() == 1 and len(weight) != x.shape[-1]:
+            return self._norm(x.flatten(-2), _Norm(weight, None)).view_as(x)
+        return self._norm(x, _Norm(None, None)) * weight
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x.to(weight.dtype), weight).to(torch.float32)
         return y if bias is None else y + bias
 
+    @cached_property
+    def _output(self) -> Tensor:
+        return self._weight("output.weight" if self._file.has_tensor("output.weight") else "token_embd.weight")
+
     def _to_logits(self, x: Tensor) -> Tensor:
-        return self._linear(self._norm(x, self._output_norm), self._output, None)
+        bias = self._file.tensor("output.bias").to(self.device) if self._file.has_tensor("output.bias") else None
+        logits = self._linear(self._norm(x, self._output_norm), self._output, bias) * self.config.logit_scale
+        cap = self.config.logit_cap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not len(tokens):
@@ -365,35 +530,71 @@ class ReferenceModel:
 
     # Loading
 
-    def _load_layer(self, prefix: str) -> _Layer:
-        family = self.config.family
-        names = ("attn_q", "attn_k", "attn_v")
+    def _load_layer(self, index: int) -> _Layer:
+        prefix, config = f"blk.{index}.", self.config
+        fused = self._file.has_tensor(prefix + "attn_qkv.weight")
+        names = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+        windowed = config.windowed[index]
         return _Layer(
-            attn_norm=self._vector(prefix + "attn_norm.weight"),
-            qkv=torch.cat([self._weight(f"{prefix}{name}.weight") for name in names]),
-            qkv_bias=self._biases(prefix, names, required=family.qkv_bias),
-            q_norm=self._vector(prefix + "attn_q_norm.weight") if family.qk_norm else None,
-            k_norm=self._vector(prefix + "attn_k_norm.weight") if family.qk_norm else None,
+            windowed=windowed,
+            rope=(self._window_rope if windowed else self._rope) if config.has_rope[index] else None,
+            attn_norm=self._norm_of(prefix + "attn_norm", optional=config.family.architecture == "olmo2"),
+            qkv=self._stacked(prefix, names),
+            qkv_bias=self._biases(prefix, names),
+            q_norm=self._vector(prefix + "attn_q_norm.weight", optional=True),
+            k_norm=self._vector(prefix + "attn_k_norm.weight", optional=True),
             attn_output=self._weight(prefix + "attn_output.weight"),
             attn_output_bias=self._biases(prefix, ("attn_output",)),
-            ffn_norm=self._vector(prefix + "ffn_norm.weight"),
-            gate_up=torch.cat([self._weight(f"{prefix}{name}.weight") for name in ("ffn_gate", "ffn_up")]),
-            gate_up_bias=self._biases(prefix, ("ffn_gate", "ffn_up")),
-            down=self._weight(prefix + "ffn_down.weight"),
-            down_bias=self._biases(prefix, ("ffn_down",)),
+            attn_post_norm=self._norm_of(prefix + "post_attention_norm", optional=True),
+            ffn_norm=self._norm_of(prefix + "ffn_norm", optional=True),
+            mlp=self._load_mlp(prefix, "_shexp" if config.n_expert else "", optional=config.n_expert > 0),
+            router=self._vector(prefix + "ffn_gate_inp.weight", optional=not config.n_expert),
+            experts=self._load_mlp(prefix, "_exps") if config.n_expert else None,
+            shared_router=self._vector(prefix + "ffn_gate_inp_shexp.weight", optional=True),
+            ffn_post_norm=self._norm_of(prefix + "post_ffw_norm", optional=True),
         )
 
-    def _weight(self, name: str) -> Tensor:
-        return torch.tensor(self._file.tensor(name), dtype=self.dtype, device=self.device)
-
-    def _vector(self, name: str) -> Tensor:
-        return torch.tensor(self._file.tensor(name), dtype=torch.float32, device=self.device)
-
-    def _biases(self, prefix: str, names: Sequence[str], required: bool = False) -> Tensor | None:
-        """The biases of stacked projections. A family has all of them or none."""
-        if not required and not any(self._file.has_tensor(f"{prefix}{name}.bias") for name in names):
+    def _load_mlp(self, prefix: str, suffix: str, optional: bool = False) -> _Mlp | None:
+        if optional and not self._file.has_tensor(f"{prefix}ffn_up{suffix}.weight"):
             return None
-        return torch.cat([self._vector(f"{prefix}{name}.bias") for name in names])
+        gate, up, down = (f"ffn_{name}{suffix}" for name in ("gate", "up", "down"))
+        names = (gate, up) if self._file.has_tensor(f"{prefix}{gate}.weight") else (up,)
+        return _Mlp(
+            gate_up=self._stacked(prefix, names),
+            down=self._weight(f"{prefix}{down}.weight"),
+            gate_up_bias=self._biases(prefix, names),
+            down_bias=self._biases(prefix, (down,)),
+        )
+
+    def _stacked(self, prefix: str, names: Sequence[str]) -> Tensor:
+        """Matrices over each other: they read the same input."""
+        return torch.cat([self._weight(f"{prefix}{name}.weight") for name in names], dim=-2)
+
+    def _weight(self, name: str) -> Tensor:
+        return self._file.tensor(name, self.dtype).to(self.device)
+
+    def _vector(self, name: str, optional: bool = False) -> Tensor | None:
+        """A tensor that stays in single precision."""
+        if optional and not self._file.has_tensor(name):
+            return None
+        return self._file.tensor(name).to(self.device)
+
+    def _norm_of(self, name: str, optional: bool = False) -> _Norm | None:
+        weight = self._vector(name + ".weight", optional)
+        return None if weight is None else _Norm(weight, self._vector(name + ".bias", optional=True))
+
+    def _biases(self, prefix: str, names: Sequence[str]) -> Tensor | None:
+        """The biases of stacked projections. A layer has all of them or none."""
+        if not any(self._file.has_tensor(f"{prefix}{name}.bias") for name in names):
+            return None
+        return torch.cat([self._file.tensor(f"{prefix}{name}.bias") for name in names]).to(self.device)
+
+    def _frequency_divisors(self) -> Tensor | None:
+        """Llama 3's factors, or LongRoPE's."""
+        for name in ("rope_freqs", "rope_factors_long" if self.has_long_rope else "rope_factors_short"):
+            if self._file.has_tensor(name + ".weight"):
+                return self._file.tensor(name + ".weight")
+        return None
 
 
 @dataclass

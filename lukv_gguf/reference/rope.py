@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lukv_gguf.reference.config import ModelConfig
+from lukv_gguf.reference.config import RopeConfig
+
+_YARN_BETA_FAST, _YARN_BETA_SLOW = 32.0, 1.0  # full turns within the original context
 
 
 class RotaryEmbedding:
@@ -14,22 +18,34 @@ class RotaryEmbedding:
     Parameters
     ----------
     config
-        Base, rotated dimensions, position scale and the pairing of the family.
-    frequency_divisors : Tensor [rope_dim / 2], optional
-        ``rope_freqs.weight`` of Llama 3.
+        Base, rotated dimensions and scaling.
+    interleaved
+        Pairs are (0, 1), (2, 3), … instead of (i, i + n/2).
+    frequency_divisors : Tensor [dim / 2], optional
+        ``rope_freqs.weight`` of Llama 3, or one of LongRoPE's factors.
 
     References
     ----------
-    Su et al., "RoFormer", arXiv 2104.09864.
+    Su et al., "RoFormer", arXiv 2104.09864; Peng et al., "YaRN", arXiv 2309.00071.
     """
 
-    def __init__(self, config: ModelConfig, frequency_divisors: Tensor | None, device: torch.device) -> None:
-        self._rope_dim = config.rope_dim
-        self._interleaved = config.family.interleaved_rope
-        exponents = torch.arange(0, config.rope_dim, 2, dtype=torch.float64, device=device) / config.rope_dim
-        self._frequencies = config.rope_position_scale * config.rope_base**-exponents
+    def __init__(
+        self, config: RopeConfig, interleaved: bool, frequency_divisors: Tensor | None, device: torch.device
+    ) -> None:
+        self._dim = config.dim
+        self._interleaved = interleaved
+        self._magnitude = config.attention_factor
+        exponents = torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim
+        frequencies = config.base**-exponents
         if frequency_divisors is not None:
-            self._frequencies = self._frequencies / frequency_divisors.to(device, torch.float64)
+            frequencies = frequencies / frequency_divisors.to("cpu", torch.float64)
+        scale: Tensor | float = config.position_scale
+        if config.yarn:
+            kept = _yarn_kept(config)
+            scale = kept + (1.0 - kept) * config.position_scale
+            self._magnitude *= 1.0 - 0.1 * math.log(min(config.position_scale, 1.0))
+        self._frequencies = frequencies * scale
+        self._device = device
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `rotate`, computed once for all layers.
@@ -40,14 +56,15 @@ class RotaryEmbedding:
 
         Returns
         -------
-        tuple of Tensor [..., n_token, 1, rope_dim / 2], float32
+        tuple of Tensor [..., n_token, 1, dim / 2], float32
         """
-        # In double precision: at position 10,000 a float32 angle is off by 1e-3.
-        angles = (positions.to(torch.float64)[..., None] * self._frequencies)[..., None, :]
-        return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+        # In double precision, which MPS lacks: at position 10,000 a float32 angle is off by 1e-3.
+        angles = (positions.to("cpu", torch.float64)[..., None] * self._frequencies)[..., None, :]
+        cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
+        return cos.to(self._device, torch.float32), sin.to(self._device, torch.float32)
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate the first ``rope_dim`` components of each head.
+        """Rotate the first ``dim`` components of each head.
 
         Parameters
         ----------
@@ -60,7 +77,7 @@ class RotaryEmbedding:
         Tensor, like `x`
         """
         cos, sin = rotation
-        rotated, rest = x[..., : self._rope_dim], x[..., self._rope_dim :]
+        rotated, rest = x[..., : self._dim], x[..., self._dim :]
         if self._interleaved:
             first, second = rotated[..., 0::2], rotated[..., 1::2]
         else:
@@ -68,3 +85,15 @@ class RotaryEmbedding:
         turned = (first * cos - second * sin, first * sin + second * cos)
         joined = torch.stack(turned, dim=-1).flatten(-2) if self._interleaved else torch.cat(turned, dim=-1)
         return torch.cat((joined, rest), dim=-1) if rest.shape[-1] else joined
+
+
+def _yarn_kept(config: RopeConfig) -> Tensor:
+    """Share of each frequency that YaRN leaves as it is: 1 for the fastest, 0 for the slowest. [dim / 2]."""
+
+    def dimension(turns: float) -> float:
+        return config.dim * math.log(config.n_context_original / (turns * 2 * math.pi)) / (2 * math.log(config.base))
+
+    low = max(0, math.floor(dimension(_YARN_BETA_FAST)))
+    high = min(config.dim - 1, math.ceil(dimension(_YARN_BETA_SLOW)))
+    position = torch.arange(config.dim // 2, dtype=torch.float64)
+    return 1.0 - ((position - low) / max(0.001, high - low)).clamp(0.0, 1.0)

@@ -29,9 +29,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._llama = _import_llama_cpp()
+        self._llama = import_llama_cpp()
         llama = self._llama
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.vocab_only = True
@@ -129,11 +128,13 @@ class Tokenizer:
         return self._llama.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
 
 
-def _import_llama_cpp() -> ModuleType:
+def import_llama_cpp() -> ModuleType:
+    """The binding, quiet; LukvError if it is missing."""
     try:
         import llama_cpp
     except ImportError:
         raise LukvError(
             "the Python package llama_cpp is missing; scripts/quickstart.sh builds and installs it"
         ) from None
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     return llama_cpp
