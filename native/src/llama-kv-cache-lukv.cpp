@@ -1517,7 +1517,18 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
     switch (model.arch) {
         case LLM_ARCH_LLAMA:
         case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN2MOE:
         case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+        case LLM_ARCH_PHI3:
+        case LLM_ARCH_GRANITE:
+        case LLM_ARCH_STARCODER2:
+        case LLM_ARCH_OLMO2:
+        case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_EXAONE:
+        case LLM_ARCH_COMMAND_R:
             break;
         default:
             return format("the architecture %s is not supported yet", llm_arch_name(model.arch));
