@@ -44,8 +44,7 @@ TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "f16": gguf.GGMLQuantizationTyp
 
 
 class RandomWeights:
-    """Rows of random numbers with the variance 1/n_in, cut from one block: another random number for every weight would
-    take longer than all that is done with them."""
+    """Matrices of random numbers with the variance 1/n_in."""
 
     def __init__(self, kind: gguf.GGMLQuantizationType, seed: int = 0) -> None:
         self.kind = kind
@@ -110,7 +109,7 @@ def write(path: Path, shape: Shape, kind: gguf.GGMLQuantizationType, n_ctx: int)
     raw = None if kind == gguf.GGMLQuantizationType.F16 else kind
     for name, size in small.items():
         writer.add_tensor(name, weights.matrix(*size), raw_dtype=raw)
-    matrices = {name: weights.matrix(*size) for name, size in layer.items()}  # the same in all layers
+    matrices = {name: weights.matrix(*size) for name, size in layer.items()}  # the same in all layers: saves minutes
     for i in range(shape.n_layer):
         for name, matrix in matrices.items():
             writer.add_tensor(f"blk.{i}.{name}.weight", matrix, raw_dtype=raw)

@@ -362,7 +362,7 @@ def test_damaged_keys(tiny: TinyModel, tmp_path: Path, capfd: pytest.CaptureFixt
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert cli.returncode != 0 and any(key in line and "LU-KV:" in line for line in cli.stderr.splitlines())
 
