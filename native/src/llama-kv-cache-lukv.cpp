@@ -1518,7 +1518,7 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * v = kv->get_v(ctx0, il, ih, n_cells);
 
         // the last columns of the mask
-        ggml_tensor * kq_mask = inp->self_kq_mask;
+        ggml_tensor * kq_mask = inp->on_device(gctx, inp->self_kq_mask, il);
         kq_mask = ggml_view_2d(ctx0, kq_mask, n_cells, kq_mask->ne[1], kq_mask->nb[1], (kq_mask->ne[0] - n_cells)*kq_mask->nb[0]);
         if (!gctx.cparams.flash_attn) {
             kq_mask = ggml_cont(ctx0, kq_mask); // required by the soft max
