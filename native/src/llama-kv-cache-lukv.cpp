@@ -510,6 +510,18 @@ uint32_t llama_kv_cache_lukv::get_n_recent_pad(uint32_t n_recent) const {
     return std::min<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), n_recent_max);
 }
 
+// the CPU's if there is none of the device
+static ggml_backend_t find_backend(ggml_backend_sched_t sched, ggml_backend_dev_t dev) {
+    const int n_backends = ggml_backend_sched_get_n_backends(sched);
+    for (int i = 0; i < n_backends; ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(backend) == dev) {
+            return backend;
+        }
+    }
+    return ggml_backend_sched_get_backend(sched, n_backends - 1);
+}
+
 // pairwise, so that each row is copied log2(n) times
 static ggml_tensor * concat(ggml_context * ctx, std::vector<ggml_tensor *> parts) {
     while (parts.size() > 1) {
@@ -722,10 +734,14 @@ std::vector<int32_t> llama_kv_cache_lukv::get_protected(const kv_head & head) co
 }
 
 bool llama_kv_cache_lukv::evict(const std::vector<uint32_t> & n_keep) {
+    const int64_t t_start_us = ggml_time_us();
+
     std::vector<std::vector<int32_t>> rows;
     if (!compute_evicted(n_keep, rows)) {
         return false;
     }
+
+    const int64_t t_selected_us = ggml_time_us();
 
     const uint32_t n_recent = pos_recent.size();
 
@@ -762,6 +778,9 @@ bool llama_kv_cache_lukv::evict(const std::vector<uint32_t> & n_keep) {
         }
     }
     pos_recent.clear();
+
+    LLAMA_LOG_DEBUG("%s: %u recent cells, selection %.2f ms, moves %.2f ms\n", __func__, n_recent,
+            (t_selected_us - t_start_us)/1000.0, (ggml_time_us() - t_selected_us)/1000.0);
 
     n_evictions += evicted;
     version++;
@@ -833,15 +852,8 @@ public:
         ggml_backend_sched_synchronize(kv.lctx->get_sched());
         ggml_backend_sched_reset(sched);
 
-        const int n_backends = ggml_backend_sched_get_n_backends(sched);
         for (const auto & [t, dev] : devs) {
-            ggml_backend_t backend = ggml_backend_sched_get_backend(sched, n_backends - 1); // the CPU
-            for (int i = 0; i < n_backends; ++i) {
-                if (ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)) == dev) {
-                    backend = ggml_backend_sched_get_backend(sched, i);
-                }
-            }
-            ggml_backend_sched_set_tensor_backend(sched, t, backend);
+            ggml_backend_sched_set_tensor_backend(sched, t, find_backend(sched, dev));
         }
 
         if (!ggml_backend_sched_alloc_graph(sched, gf)) {
@@ -1399,6 +1411,20 @@ bool llm_graph_input_attn_kv_lukv::can_reuse(const llm_graph_params & params) {
         n_recent_pad == mctx_lukv->get_n_recent_pad(params.ubatch.n_tokens);
 }
 
+ggml_tensor * llm_graph_input_attn_kv_lukv::on_device(const llm_graph_context & gctx, ggml_tensor * input, int il) const {
+    ggml_backend_dev_t dev = mctx_lukv->get_kv()->get_dev(il);
+    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return input;
+    }
+
+    auto & res = copies[{ input, dev }];
+    if (!res) {
+        res = ggml_cont(gctx.ctx0, input);
+        ggml_backend_sched_set_tensor_backend(gctx.sched, res, find_backend(gctx.sched, dev));
+    }
+    return res;
+}
+
 std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
            ggml_context * ctx,
      const llama_ubatch & ubatch,
@@ -1461,14 +1487,16 @@ ggml_tensor * build_attn_lukv(
 
     const auto * kv = inp->mctx_lukv->get_kv();
 
-    ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, inp->self_idxs, il));
-    ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, inp->self_idxs, il));
+    ggml_tensor * idxs = inp->on_device(gctx, inp->self_idxs, il);
+
+    ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, idxs, il));
+    ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
     const int64_t  n_gqa     = q_cur->ne[1]/n_head_kv;
 
     if (gctx.cparams.flash_attn && kv->use_ragged(il, gctx.n_tokens)) {
-        ggml_tensor * segs = inp->self_segs;
+        ggml_tensor * segs = inp->on_device(gctx, inp->self_segs, il);
 
         ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il),
                 ggml_view_2d(ctx0, segs, segs->ne[0], segs->ne[1], segs->nb[1], il*segs->nb[2]), inp->self_n_hidden,
@@ -1490,7 +1518,7 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * v = kv->get_v(ctx0, il, ih, n_cells);
 
         // the last columns of the mask
-        ggml_tensor * kq_mask = inp->self_kq_mask;
+        ggml_tensor * kq_mask = inp->on_device(gctx, inp->self_kq_mask, il);
         kq_mask = ggml_view_2d(ctx0, kq_mask, n_cells, kq_mask->ne[1], kq_mask->nb[1], (kq_mask->ne[0] - n_cells)*kq_mask->nb[0]);
         if (!gctx.cparams.flash_attn) {
             kq_mask = ggml_cont(ctx0, kq_mask); // required by the soft max

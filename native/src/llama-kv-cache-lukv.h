@@ -134,6 +134,9 @@ public:
     ggml_tensor * get_k(uint32_t il) const { return kv.layers[il].k; }
     ggml_tensor * get_v(uint32_t il) const { return kv.layers[il].v; }
 
+    // where the cells of a layer are
+    ggml_backend_dev_t get_dev(uint32_t il) const;
+
     // true if the attention of a layer, or of all layers, is computed by one op for all heads
     bool use_ragged(uint32_t il, uint32_t n_tokens) const;
     bool use_ragged(uint32_t n_tokens) const;
@@ -236,8 +239,7 @@ private:
     ggml_backend_sched_ptr sched;
     size_t                 sched_max_nodes = 0;
 
-    ggml_backend_dev_t get_dev(uint32_t il) const;
-    layer_ops          get_ops(uint32_t il) const;
+    layer_ops get_ops(uint32_t il) const;
 
     kv_storage alloc(const std::vector<uint32_t> & n_owned) const;
 
@@ -326,8 +328,11 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    ggml_tensor * self_idxs = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
-    ggml_tensor * self_segs = nullptr; // I32 [2, n_head_kv, n_layer]
+    // copy an input to the device of a layer as a whole, once for all layers there: views of an input would be copied one by one
+    ggml_tensor * on_device(const llm_graph_context & gctx, ggml_tensor * input, int il) const;
+
+    ggml_tensor * self_idxs     = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
+    ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_layer]
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
 
     uint32_t n_recent_pad  = 0;
@@ -337,6 +342,9 @@ public:
     bool ragged = false; // all layers, hence there is no mask
 
     const llama_kv_cache_lukv_context * mctx_lukv;
+
+private:
+    mutable std::map<std::pair<ggml_tensor *, ggml_backend_dev_t>, ggml_tensor *> copies;
 };
 
 std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
