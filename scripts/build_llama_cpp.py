@@ -25,7 +25,7 @@ SDIST = "llama-cpp-python==0.3.36"
 SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
-PROGRAMS = ["llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-completion"]
+PROGRAMS = ["llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-completion", "ggml-rpc-server"]
 CMAKE_OPTIONS = [
     "-DLLAVA_BUILD=OFF",  # mtmd comes with the tools
     "-DLLAMA_BUILD_TOOLS=ON",
@@ -34,6 +34,7 @@ CMAKE_OPTIONS = [
     "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded
     "-DLLAMA_TOOLS_INSTALL=OFF",
     "-DLLAMA_OPENSSL=OFF",
+    "-DGGML_RPC=ON",
 ]
 TARGETS = ["llama", "mtmd", *PROGRAMS]
 
