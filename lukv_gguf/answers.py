@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lukv_gguf import runtime
 from lukv_gguf.errors import LukvError
 
 _BATCH = 512  # tokens of one call into llama.cpp: an interrupt waits no longer than for these
@@ -158,7 +159,7 @@ def _context(path: str | Path, n_ctx: int, n_sequence: int, n_threads: int | Non
         options = llama.llama_context_default_params()
         options.n_ctx, options.n_seq_max, options.kv_unified, options.swa_full = n_ctx, n_sequence, True, True
         options.n_batch = options.n_ubatch = _BATCH
-        if not llama.llama_supports_gpu_offload():  # many queries over one prefix: on a CPU a matrix product is faster
+        if not runtime.has_gpu():  # many queries over one prefix: on a CPU a matrix product is faster
             options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.n_threads = options.n_threads_batch = n_threads or os.cpu_count() or 1
         context = llama.llama_init_from_model(model, options)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,9 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.oracle import ResidualStreams
 
 Arrays = Mapping[str, npt.NDArray[np.floating]]
+
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What numpy and zipfile raise for a damaged .npz; a flipped bit can ask for encryption or any compression."""
 
 
 class Checkpoint:
@@ -93,7 +99,7 @@ class Checkpoint:
         try:
             with np.load(self._folder / name, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except UNREADABLE:
             return None
 
     def _write(self, name: str, data: bytes) -> None:

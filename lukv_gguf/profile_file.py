@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lukv_gguf import __version__
+from lukv_gguf.checkpoint import UNREADABLE
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import replacing
 from lukv_gguf.metadata import MEAN_TOLERANCE
@@ -38,7 +37,7 @@ from lukv_gguf.profile import Profile
 FORMAT, VERSION = "lukv-profile", 1
 CURVE_RATIOS = np.arange(1, 100) / 100.0
 _OPTIONAL = ("marginal", "scores", "query_budget")
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (*UNREADABLE, TypeError, AttributeError, MemoryError)
 
 
 def save_profiles(path: str | Path, profiles: Mapping[str, Profile]) -> None:

@@ -78,6 +78,15 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def has_gpu() -> bool:
+    """Whether llama.cpp has a GPU to run on here; servers of its RPC backend do not count."""
+    import llama_cpp.llama_cpp as binding
+
+    find = binding._lib.ggml_backend_dev_by_type
+    find.argtypes, find.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(find(kind) for kind in (1, 2))  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
+
+
 def program(name: str) -> Path:
     """Path of a program of the patched build, e.g. ``llama-cli``.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the weights are f32, and the CPU computes with them as they are
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
@@ -20,7 +19,7 @@ from lukv_gguf.metadata import embed
 
 Q8_0, BF16 = 8, 30
 
-pytestmark = pytest.mark.skipif(not llama_cpp.llama_supports_gpu_offload(), reason="this build has no GPU backend")
+pytestmark = pytest.mark.skipif(not runtime.has_gpu(), reason="no GPU, or a build without its backend")
 
 
 def make(tmp_path: Path, d_head: int, n_head: int = 8) -> Path:

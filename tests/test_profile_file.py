@@ -156,7 +156,7 @@ class TestFile:
         with pytest.raises(LukvError, match="p.npz"):
             load_profiles(tmp_path / "p.npz")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(st.data())
     def test_any_flipped_byte_is_read_or_told(self, small_file: Path, data: st.DataObject) -> None:
         path = small_file.with_name("flipped-p.npz")
