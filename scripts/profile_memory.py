@@ -1,6 +1,6 @@
 """Write a random 8B-shaped Q4_0 model, profile it, and say how much memory each stage took (Linux).
 
-    python scripts/profile_memory.py --folder /tmp/8b [options of lukv-gguf profile]
+    python scripts/profile_memory.py --folder FOLDER [options of lukv-gguf profile]
 
 Two figures a stage: memory of the process's own, and all that is resident. While llama.cpp answers, the latter includes
 the mapped model file, whose pages the system takes back when it needs them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import tempfile
 import sys
 import time
 from pathlib import Path
@@ -90,7 +91,7 @@ def status(pid: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/lukv-8b"), help="5 GB of room")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lukv-8b", help="5 GB of room")
     arguments, options = parser.parse_known_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = arguments.folder / "random-8b-q4_0.gguf"

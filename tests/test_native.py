@@ -219,6 +219,18 @@ def test_removing_a_tail(tiny: TinyModel, embedded: Path) -> None:
         assert_same_positions(model, expected, usage.owned.shape)
 
 
+def test_commit_without_protected_cells(embedded: Path) -> None:
+    """The last positions are gone, in two steps, and none at the start is protected."""
+    model = load(embedded, {"lukv.policy": "prefill", "lukv.sink": 0, "lukv.recent": 1})
+    feed(model, random_tokens(300))
+    model._ctx.kv_cache_seq_rm(0, 200, 250)
+    model._ctx.kv_cache_seq_rm(0, 250, -1)
+    runtime.commit(model)
+    usage = runtime.usage(model)
+    assert usage.evictions == 1 and usage.used.max() <= 200
+    assert all(runtime.positions(model, *i).max() < 200 for i in np.ndindex(usage.used.shape))
+
+
 def test_state_is_restored(embedded: Path) -> None:
     model = load(embedded)
     feed(model, random_tokens(400))

@@ -46,22 +46,16 @@ static uint32_t n_recent_max_of(uint32_t kv_size, uint32_t n_ubatch) {
     return GGML_PAD(std::max({ n_ubatch, std::min(2*n_ubatch, kv_size/N_RECENT_FRACTION), N_RECENT_DECODE }), N_RECENT_PAD);
 }
 
-// sizes of the Hadamard rotations, as in llama_kv_cache
-static uint32_t n_rot_v(const llama_hparams & hparams, ggml_type type_v) {
+// size of the Hadamard rotation, as in llama_kv_cache: the largest one for K, the smallest one for V
+static uint32_t n_rot(uint32_t n_embd_head, ggml_type type, bool largest) {
     const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
 
-    return ggml_is_quantized(type_v) && hparams.n_embd_head_v() % 64 == 0 && !(disable && atoi(disable)) ? 64 : 0;
-}
-
-static uint32_t n_rot_k(const llama_hparams & hparams, ggml_type type_k) {
-    const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
-
-    if (!ggml_is_quantized(type_k) || hparams.n_embd_head_k() % 64 != 0 || (disable && atoi(disable))) {
+    if (!ggml_is_quantized(type) || n_embd_head % 64 != 0 || (disable && atoi(disable))) {
         return 0;
     }
 
     uint32_t res = 64;
-    while (hparams.n_embd_head_k() % (2*res) == 0) {
+    while (largest && n_embd_head % (2*res) == 0) {
         res *= 2;
     }
     return res;
@@ -77,7 +71,7 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
          uint32_t n_ubatch) :
     model(model), params(params), type_k(type_k), type_v(type_v), offload(offload), kv_size(kv_size),
     n_recent_max(n_recent_max_of(kv_size, n_ubatch)),
-    rot_k(n_rot_k(model.hparams, type_k)), rot_v(n_rot_v(model.hparams, type_v)) {
+    rot_k(n_rot(model.hparams.n_embd_head_k(), type_k, true)), rot_v(n_rot(model.hparams.n_embd_head_v(), type_v, false)) {
     for (uint32_t il = 0; il < params.n_layer; ++il) {
         ops.push_back(get_ops(il));
     }
@@ -962,11 +956,14 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<uint32_t> & n_keep, 
         }
         ggml_tensor * scores = concat(ctx, cur.scores);
 
-        const std::vector<float> inf(cur.rows_prot.size(), INFINITY);
+        // after the removal of a tail there may be none
+        if (!cur.rows_prot.empty()) {
+            const std::vector<float> inf(cur.rows_prot.size(), INFINITY);
 
-        scores = ggml_set_rows(ctx, ggml_reshape_2d(ctx, scores, 1, cur.n_rows),
-                graph.input(GGML_TYPE_F32, inf, 1), graph.input(GGML_TYPE_I64, cur.rows_prot, cur.rows_prot.size()));
-        graph.devs.emplace_back(scores, dev); // not where most of the inputs are
+            scores = ggml_set_rows(ctx, ggml_reshape_2d(ctx, scores, 1, cur.n_rows),
+                    graph.input(GGML_TYPE_F32, inf, 1), graph.input(GGML_TYPE_I64, cur.rows_prot, cur.rows_prot.size()));
+            graph.devs.emplace_back(scores, dev); // not where most of the inputs are
+        }
 
         int32_t k_max = 0;
         for (size_t i = 0; i < cur.heads.size(); ++i) {
