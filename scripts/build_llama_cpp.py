@@ -187,11 +187,12 @@ def main() -> None:
         if not target.exists():
             sdist = fetch_sdist(cache / "downloads")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as temporary:
-                folder = Path(temporary)
-                wheel = build(prepare(sdist, folder, key), folder, options)
-                (wheel.parent / "sha256").write_text(sha256(wheel))
-                wheel.parent.rename(target)
+            folder = cache / "build"  # always the same paths, so that ccache, where there is one, finds the objects again
+            shutil.rmtree(folder, ignore_errors=True)
+            wheel = build(prepare(sdist, folder, key), folder, options)
+            (wheel.parent / "sha256").write_text(sha256(wheel))
+            wheel.parent.rename(target)
+            shutil.rmtree(folder)
     wheel = next(target.glob("*.whl"))
     if sha256(wheel) != (target / "sha256").read_text():
         fail(f"the cached wheel is damaged: remove {target} and run again")
