@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ class CacheUsage:
     Attributes
     ----------
     used, owned : int32 arrays [n_layer, n_head_kv]
-        Cells that hold a token, and cells in the budget of each head. A head may use up to ``recent`` more than it
-        owns, for the tokens in flight.
+        Cells that hold a token, and cells in the budget of each head; -1 in layers that are not budgeted (sliding
+        window). A head may use up to ``recent`` more than it owns, for the tokens in flight.
     recent : int
         Cells of each head for the tokens in flight.
     ratio : float
         Kept fraction that the budgets are for.
-    evictions : int
-        Times that cells were evicted.
-    bytes : int
-        Bytes allocated for K and V.
+    evictions, evicted : int
+        Times that cells were evicted, and how many cells that were.
+    bytes, bytes_full : int
+        Bytes allocated for K and V, and what a cache that keeps everything would take.
     """
 
     used: np.ndarray
@@ -41,7 +41,9 @@ class CacheUsage:
     recent: int
     ratio: float
     evictions: int
+    evicted: int
     bytes: int
+    bytes_full: int
 
 
 @cache
@@ -58,16 +60,20 @@ def _library() -> ctypes.CDLL:
     signatures = {
         "enabled": (ctypes.c_bool, [context]),
         "memory_size": (ctypes.c_uint64, [context]),
+        "memory_size_full": (ctypes.c_uint64, [context]),
         "n_layer": (ctypes.c_int32, [context]),
         "n_head_kv": (ctypes.c_int32, [context]),
         "ratio": (ctypes.c_float, [context]),
         "n_cells_recent": (ctypes.c_int32, [context]),
         "n_evictions": (ctypes.c_int64, [context]),
+        "n_evicted": (ctypes.c_int64, [context]),
         "n_cells_owned": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
         "n_cells_used": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
-        "get_positions": (
+        "seq_n_cells_owned": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
+        "seq_n_cells_used": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
+        "seq_get_positions": (
             ctypes.c_int32,
-            [context, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
+            [context, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
         "commit": (ctypes.c_bool, [context]),
     }
@@ -117,8 +123,10 @@ def memory_size(llama: Any) -> int:
     return _library().llama_lukv_memory_size(_context(llama))
 
 
-def usage(llama: Any) -> CacheUsage:
-    """Cells used and owned per layer and head.
+def usage(llama: Any, sequence: int | None = None) -> CacheUsage:
+    """Cells used and owned per layer and head, by one sequence or by all together.
+
+    Sequences share what the budgets give in proportion to their lengths, so what one of them owns changes with the others.
 
     Raises
     ------
@@ -132,18 +140,29 @@ def usage(llama: Any) -> CacheUsage:
     def per_head(function: Any) -> np.ndarray:
         return np.array([[function(context, il, ih) for ih in range(shape[1])] for il in range(shape[0])], np.int32)
 
+    used, owned = library.llama_lukv_n_cells_used, library.llama_lukv_n_cells_owned
+    if sequence is not None:
+        used = partial(_of_sequence, library.llama_lukv_seq_n_cells_used, sequence)
+        owned = partial(_of_sequence, library.llama_lukv_seq_n_cells_owned, sequence)
+
     return CacheUsage(
-        used=per_head(library.llama_lukv_n_cells_used),
-        owned=per_head(library.llama_lukv_n_cells_owned),
+        used=per_head(used),
+        owned=per_head(owned),
         recent=library.llama_lukv_n_cells_recent(context),
         ratio=library.llama_lukv_ratio(context),
         evictions=library.llama_lukv_n_evictions(context),
+        evicted=library.llama_lukv_n_evicted(context),
         bytes=library.llama_lukv_memory_size(context),
+        bytes_full=library.llama_lukv_memory_size_full(context),
     )
 
 
-def positions(llama: Any, layer: int, head: int) -> np.ndarray:
-    """Positions that a head can attend to, ascending: int32 [n].
+def _of_sequence(function: Any, sequence: int, context: Any, layer: int, head: int) -> int:
+    return function(context, sequence, layer, head)
+
+
+def positions(llama: Any, layer: int, head: int, sequence: int = 0) -> np.ndarray:
+    """Positions of a sequence that a head can attend to, ascending: int32 [n].
 
     Raises
     ------
@@ -152,11 +171,11 @@ def positions(llama: Any, layer: int, head: int) -> np.ndarray:
     """
     library, context = _library(), _context(llama)
     _require_enabled(llama)
-    n = library.llama_lukv_get_positions(context, layer, head, None, 0)
+    n = library.llama_lukv_seq_get_positions(context, sequence, layer, head, None, 0)
     if n < 0:
         raise LukvError(f"the model has no KV head ({layer}, {head})")
     result = np.empty(n, np.int32)
-    library.llama_lukv_get_positions(context, layer, head, result.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+    library.llama_lukv_seq_get_positions(context, sequence, layer, head, result.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
     return result
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 
 import numpy as np
 import numpy.typing as npt
@@ -147,3 +148,187 @@ class BoundedDecoder:
         scores = group @ keys.T * config.d_key**-0.5
         scores = scores.masked_fill(positions > new[:, None], float("-inf"))
         return (scores.softmax(dim=-1) @ values).transpose(0, 1)
+
+
+class BoundedSequences:
+    """Several sequences that share the cells of the native cache (policy ``capacity``).
+
+    Parameters
+    ----------
+    model, metric, sink, recent
+        As for `BoundedDecoder`.
+    n_cells
+        Cells of each head for a number of tokens, int array [n_layer, n_head_kv]: `cells_for`, with a table of budgets.
+    size
+        Tokens of the context, which the budgets are for.
+    n_recent
+        Tokens of a llama.cpp ubatch at most, a multiple of 64.
+    n_sequences
+        Sequences at most.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        metric: Metric,
+        n_cells: Callable[[int], npt.NDArray[np.integer]],
+        *,
+        size: int,
+        n_recent: int,
+        n_sequences: int,
+        sink: int,
+        recent: int,
+    ) -> None:
+        self._n_cells = n_cells
+        self._size = size
+        self._n_recent = n_recent
+        self._n_room = n_recent + min(n_recent, (n_sequences - 1) * COMMIT_EVERY)
+        self._n_kept = np.minimum(size, n_cells(size) + (n_sequences - 1) * (sink + recent + 2))
+        self._empty = BoundedDecoder(model, metric, n_cells(size), n_recent=n_recent, sink=sink, recent=recent)
+        self._sequences: dict[int, BoundedDecoder] = {}
+        self._quotas: dict[int, int] = {}
+        self._rooms: dict[int, int] = {}
+        self._stale = False
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Tokens of each sequence that has some."""
+        return {i: sequence._n_past for i, sequence in sorted(self._sequences.items())}
+
+    def owned(self, sequence: int) -> npt.NDArray[np.integer]:
+        """Cells that each head of a sequence may keep, int array [n_layer, n_head_kv]."""
+        return self._sequences[sequence]._n_cells
+
+    def positions(self, sequence: int, layer: int, head: int) -> npt.NDArray[np.int64]:
+        """Positions that a head can attend to, ascending."""
+        if sequence not in self._sequences:
+            return np.empty(0, np.int64)
+        return self._sequences[sequence].positions(layer, head)
+
+    def decode(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Read as many tokens of each of some sequences: one llama.cpp ubatch.
+
+        Returns
+        -------
+        dict of Tensor [tokens, n_vocab]
+            Logits, float32.
+        """
+        n = len(next(iter(batch.values())))
+        shares = self._shares({i: n for i in batch})
+        renew, full = self._stale, []
+        for i in batch:
+            sequence = self._sequences.get(i)
+            if sequence is None or n > self._rooms[i]:
+                renew = True
+                continue
+            limit = min(COMMIT_EVERY, self._rooms[i]) if n <= GENERATION_SIZE else self._rooms[i]
+            if sequence._n_recent and sequence._n_recent + n > limit:
+                full.append(i)
+                evicts = any(
+                    len(sequence._positions[layer][head]) > sequence._n_cells[layer, head]
+                    for layer, head in np.ndindex(sequence._n_cells.shape)
+                )
+                renew |= evicts and self._is_worth_it(sequence._n_past, self._quotas[i], shares[i])
+        if renew:
+            self._renew(batch, shares)
+        else:
+            for i in full:
+                self._sequences[i].commit()
+        return {i: self._sequences[i].decode(tokens, bounded=False) for i, tokens in batch.items()}
+
+    def commit(self) -> None:
+        """Bring every head of every sequence down to what it owns."""
+        if self._stale:
+            self._renew({}, self._shares({}))
+        for sequence in self._sequences.values():
+            sequence.commit()
+
+    def truncate(self, sequence: int, n_past: int) -> None:
+        """Forget the tokens of a sequence from `n_past` on; all of them frees what it owned."""
+        if n_past <= 0:
+            self._sequences.pop(sequence, None)
+        elif sequence in self._sequences and n_past < self._sequences[sequence]._n_past:
+            self._sequences[sequence].truncate(n_past)
+
+    def keep(self, sequence: int) -> None:
+        """Forget all other sequences."""
+        self._sequences = {i: kept for i, kept in self._sequences.items() if i == sequence}
+
+    def copy(self, source: int, target: int) -> None:
+        """Make an empty sequence a copy of another one; what they own is settled with the next batch."""
+        model = self._empty._model
+        self._empty._model = None
+        copied = deepcopy(self._sequences[source], {id(model): model})
+        self._empty._model = model
+        self._sequences[target] = copied
+        self._stale = True
+
+    def _shares(self, more: Mapping[int, int]) -> dict[int, int]:
+        lengths = {i: self.lengths.get(i, 0) + more.get(i, 0) for i in {*self._sequences, *more}}
+        total = sum(lengths.values())
+        return {i: max(self._size * length // total, 1) for i, length in lengths.items()}
+
+    @staticmethod
+    def _is_worth_it(length: int, quota: int, share: int) -> bool:
+        if share <= quota:
+            return False
+        return share >= quota + quota // 4 or (length > quota and (share >= length or share >= quota + quota // 20))
+
+    def _renew(self, batch: Mapping[int, Sequence[int]], shares: dict[int, int]) -> None:
+        for i in batch:
+            self._sequences.setdefault(i, deepcopy(self._empty, {id(self._empty._model): self._empty._model}))
+        owned = {i: self._n_cells(shares[i]).copy() for i in sorted(self._sequences)}
+        for head in np.ndindex(self._n_kept.shape):
+            for _ in range(sum(cells[head] for cells in owned.values()) - self._n_kept[head]):
+                max(owned.values(), key=lambda cells: cells[head])[head] -= 1
+        n_out = len(self._sequences) - len(batch)
+        n_min = COMMIT_EVERY if n_out * COMMIT_EVERY <= self._n_room - self._n_recent else 0
+        for i, sequence in self._sequences.items():
+            sequence._n_cells = owned[i]
+            sequence.commit()
+            self._rooms[i] = (self._n_room - n_out * n_min) // len(batch) if i in batch else n_min
+        self._quotas, self._stale = shares, False
+
+
+def cells_for(
+    budget: npt.NDArray[np.floating], ratio: float, n_tokens: int, *, n_min: int
+) -> npt.NDArray[np.int64]:
+    """Cells of each head for a number of tokens, as the native cache gives them.
+
+    The budgets are scaled until the sum of the cells, none below `n_min` or above `n_tokens`, is the ratio's; what is left
+    of the fractions goes to the largest ones.
+
+    Parameters
+    ----------
+    budget : float array [n_layer, n_head_kv]
+        Kept fractions.
+    ratio
+        Their mean.
+    n_tokens
+        Tokens to be kept a part of.
+    n_min
+        Protected tokens.
+    """
+    wanted = budget.astype(np.float64) * n_tokens + 1e-3
+    low, high = min(n_min, n_tokens), float(n_tokens)
+    target = round(float(np.float32(ratio)) * n_tokens * budget.size)
+
+    def sizes(scale: float) -> npt.NDArray[np.float64]:
+        return np.minimum(high, np.maximum(low, scale * wanted))
+
+    lower, upper = 0.0, 1.0
+    while sizes(upper).sum() < target and upper < 1e9:
+        upper *= 2
+    for _ in range(100):
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if sizes(middle).sum() < target else (lower, middle)
+    exact = sizes(upper)
+    cells = exact.astype(np.int64)
+    left = target - cells.sum()
+    for i in np.argsort((cells - exact).ravel(), kind="stable"):
+        if left <= 0:
+            break
+        if cells.flat[i] < n_tokens:
+            cells.flat[i] += 1
+            left -= 1
+    return cells

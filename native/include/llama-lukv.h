@@ -17,8 +17,9 @@ extern "C" {
     // true if the cells of ctx are budgeted per head; false if ctx uses an ordinary KV cache
     LLAMA_API bool llama_lukv_enabled(const struct llama_context * ctx);
 
-    // bytes allocated for the memory (K and V) of ctx, for every kind of memory
-    LLAMA_API uint64_t llama_lukv_memory_size(const struct llama_context * ctx);
+    // bytes of the memory (K and V) of ctx, for every kind of memory: allocated, and what it would be without budgets
+    LLAMA_API uint64_t llama_lukv_memory_size     (const struct llama_context * ctx);
+    LLAMA_API uint64_t llama_lukv_memory_size_full(const struct llama_context * ctx);
 
     // the functions below return 0 if ctx is not budgeted
 
@@ -28,21 +29,30 @@ extern "C" {
     // kept fraction that the budgets are for
     LLAMA_API float llama_lukv_ratio(const struct llama_context * ctx);
 
-    // cells that each head owns beyond its budget, for the tokens in flight
+    // true if the cells do not become more when the sequences become longer than the context (policy "capacity")
+    LLAMA_API bool llama_lukv_is_bounded(const struct llama_context * ctx);
+
+    // cells that each head has beyond its budget for the tokens in flight. for more than one sequence there are a few others
     LLAMA_API int32_t llama_lukv_n_cells_recent(const struct llama_context * ctx);
 
-    // times that cells were evicted
+    // times that cells were evicted, and how many cells that were
     LLAMA_API int64_t llama_lukv_n_evictions(const struct llama_context * ctx);
+    LLAMA_API int64_t llama_lukv_n_evicted  (const struct llama_context * ctx);
 
-    // cells of a head: owned (its budget) and used; -1 if there is no such head
+    // cells of a head for all sequences: owned (its budget) and used
+    // -1 if there is no such head, or if its layer is not budgeted (sliding window)
     LLAMA_API int32_t llama_lukv_n_cells_owned(const struct llama_context * ctx, int32_t il, int32_t ih);
     LLAMA_API int32_t llama_lukv_n_cells_used (const struct llama_context * ctx, int32_t il, int32_t ih);
 
-    // positions that a head can attend to, ascending. at most n_max are written to res (may be NULL)
-    // returns their number, -1 if there is no such head
-    LLAMA_API int32_t llama_lukv_get_positions(const struct llama_context * ctx, int32_t il, int32_t ih, llama_pos * res, int32_t n_max);
+    // the same for one sequence. what it owns is its share, which depends on the other sequences
+    LLAMA_API int32_t llama_lukv_seq_n_cells_owned(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih);
+    LLAMA_API int32_t llama_lukv_seq_n_cells_used (const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih);
 
-    // bring every head down to its budget now. under the policy "prefill" this ends the prefill
+    // positions of a sequence that a head can attend to, ascending. at most n_max are written to res (may be NULL)
+    // returns their number, -1 if there is no such head
+    LLAMA_API int32_t llama_lukv_seq_get_positions(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * res, int32_t n_max);
+
+    // bring every head of every sequence down to its budget now. under the policy "prefill" this ends the prefill
     // returns false if the computation failed; the cache is then unchanged
     LLAMA_API bool llama_lukv_commit(struct llama_context * ctx);
 

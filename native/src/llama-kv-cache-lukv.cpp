@@ -1,6 +1,7 @@
 #include "llama-kv-cache-lukv.h"
 
 #include "llama-context.h"
+#include "llama-kv-cache-lukv-iswa.h"
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-lukv.h"
@@ -61,41 +62,86 @@ static uint32_t n_rot(uint32_t n_embd_head, ggml_type type, bool largest) {
     return res;
 }
 
-llama_kv_cache_lukv::llama_kv_cache_lukv(
-        const llama_model       & model,
-        const llama_lukv_params & params,
-        ggml_type type_k,
-        ggml_type type_v,
-             bool offload,
-         uint32_t kv_size,
-         uint32_t n_ubatch) :
-    model(model), params(params), type_k(type_k), type_v(type_v), offload(offload), kv_size(kv_size),
-    n_recent_max(n_recent_max_of(kv_size, n_ubatch)),
-    rot_k(n_rot(model.hparams.n_embd_head_k(), type_k, true)), rot_v(n_rot(model.hparams.n_embd_head_v(), type_v, false)) {
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        ops.push_back(get_ops(il));
-    }
-
-    kv = alloc(n_owned_init());
-
-    uint64_t n_cells_min = std::numeric_limits<uint64_t>::max();
-    uint64_t n_cells_max = 0;
-    for (const auto & layer : kv.layers) {
-        for (const auto & head : layer.heads) {
-            n_cells_min = std::min<uint64_t>(n_cells_min, head.n_owned);
-            n_cells_max = std::max<uint64_t>(n_cells_max, head.n_owned);
+// copies rows from one tensor to another one, or within one where they do not overlap
+class llama_kv_cache_lukv::row_copier {
+public:
+    row_copier(const llama_kv_cache_lukv & kv) {
+        ctx.reset(ggml_init({
+            /*.mem_size   =*/ 8*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ nullptr,
+            /*.no_alloc   =*/ true,
+        }));
+        if (kv.lctx) {
+            ggml_backend_sched_synchronize(kv.lctx->get_sched());
         }
     }
 
-    const uint32_t n_heads    = params.n_layer*params.n_head_kv;
-    const uint64_t size_stock = uint64_t(kv_size)*n_heads*(
-            ggml_row_size(type_k, model.hparams.n_embd_head_k()) + ggml_row_size(type_v, model.hparams.n_embd_head_v()));
+    void operator()(ggml_tensor * src, uint32_t src_row, ggml_tensor * dst, uint32_t dst_row, uint32_t n_rows) {
+        if (n_rows == 0) {
+            return;
+        }
+
+        ggml_reset(ctx.get());
+
+        ggml_tensor * view_src = ggml_view_2d(ctx.get(), src, src->ne[0], n_rows, src->nb[1], src_row*src->nb[1]);
+        ggml_tensor * view_dst = ggml_view_2d(ctx.get(), dst, dst->ne[0], n_rows, dst->nb[1], dst_row*dst->nb[1]);
+        ggml_backend_view_init(view_src);
+        ggml_backend_view_init(view_dst);
+
+        ggml_backend_tensor_copy(view_src, view_dst);
+    }
+
+private:
+    ggml_context_ptr ctx;
+};
+
+llama_kv_cache_lukv::llama_kv_cache_lukv(
+        const llama_model       & model,
+        const llama_cparams     & cparams,
+        const llama_lukv_params & params_model,
+        ggml_type type_k,
+        ggml_type type_v,
+         uint32_t kv_size,
+  const layer_filter_cb & filter) :
+    model(model), cparams(cparams), params(params_model), type_k(type_k), type_v(type_v), kv_size(kv_size),
+    n_seq_max(cparams.n_seq_max),
+    n_recent_max(n_recent_max_of(kv_size, cparams.n_ubatch)),
+    n_room_all(n_recent_max + std::min(n_recent_max, (n_seq_max - 1)*N_RECENT_DECODE)),
+    rot_k(n_rot(model.hparams.n_embd_head_k(), type_k, true)), rot_v(n_rot(model.hparams.n_embd_head_v(), type_v, false)) {
+    params.budget.clear();
+    for (uint32_t il = 0; il < params_model.n_layer; ++il) {
+        if (filter && !filter(il)) {
+            continue;
+        }
+        map_layer_ids[il] = ops.size();
+        ops.push_back(get_ops(il));
+
+        const auto first = params_model.budget.begin() + il*params.n_head_kv;
+        params.budget.insert(params.budget.end(), first, first + params.n_head_kv);
+    }
+    params.n_layer = ops.size();
+
+    const auto n_owned = n_owned_all();
+    kv = alloc(n_rows_of({}, {}), n_owned);
 
     LLAMA_LOG_INFO("%s: size = %7.2f MiB (%.1f%% of %.2f MiB), ratio = %.3f, policy = %s, metric = %s, "
-            "cells per head = %u recent + %" PRIu64 " .. %" PRIu64 " kept, %u layers x %u heads\n", __func__,
-            kv.size()/1024.0/1024.0, 100.0*kv.size()/size_stock, size_stock/1024.0/1024.0, params.ratio,
-            params.policy == LLAMA_LUKV_POLICY_CAPACITY ? "capacity" : "prefill", params.metric.c_str(),
-            n_recent_max, n_cells_min, n_cells_max, params.n_layer, params.n_head_kv);
+            "cells per head = %u recent + %u .. %u kept, %u layers x %u heads, %u sequences\n", __func__,
+            kv.size()/1024.0/1024.0, 100.0*kv.size()/size_stock(), size_stock()/1024.0/1024.0, params.ratio,
+            params.policy == LLAMA_LUKV_POLICY_CAPACITY ? "capacity" : "prefill", params.metric.c_str(), n_room_all,
+            *std::min_element(n_owned.begin(), n_owned.end()), *std::max_element(n_owned.begin(), n_owned.end()),
+            params.n_layer, params.n_head_kv, n_seq_max);
+}
+
+llama_kv_cache_lukv::~llama_kv_cache_lukv() {
+    if (n_tokens_all > 0) {
+        LLAMA_LOG_INFO("%s: %" PRId64 " tokens, %" PRId64 " evictions of %" PRId64 " cells, %.2f MiB instead of %.2f MiB\n", __func__,
+                n_tokens_all, n_evictions, n_evicted, kv.size()/1024.0/1024.0, size_stock()/1024.0/1024.0);
+    }
+}
+
+uint64_t llama_kv_cache_lukv::size_stock() const {
+    return uint64_t(kv_size)*n_heads()*(
+            ggml_row_size(type_k, model.hparams.n_embd_head_k()) + ggml_row_size(type_v, model.hparams.n_embd_head_v()));
 }
 
 uint64_t llama_kv_cache_lukv::kv_storage::size() const {
@@ -106,11 +152,11 @@ uint64_t llama_kv_cache_lukv::kv_storage::size() const {
     return res;
 }
 
-ggml_backend_dev_t llama_kv_cache_lukv::get_dev(uint32_t il) const {
-    return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+ggml_backend_dev_t llama_kv_cache_lukv::get_dev(int32_t il) const {
+    return cparams.offload_kqv ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(uint32_t il) const {
+llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     const auto & hparams = model.hparams;
 
     ggml_backend_dev_t dev = get_dev(il);
@@ -148,7 +194,7 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(uint32_t il) const {
     return res;
 }
 
-std::vector<uint32_t> llama_kv_cache_lukv::n_owned_init() const {
+std::vector<uint32_t> llama_kv_cache_lukv::n_owned_all() const {
     if (params.policy == LLAMA_LUKV_POLICY_PREFILL) {
         return std::vector<uint32_t>(params.budget.size(), kv_size);
     }
@@ -156,17 +202,17 @@ std::vector<uint32_t> llama_kv_cache_lukv::n_owned_init() const {
     return params.get_n_cells(kv_size);
 }
 
-std::vector<uint32_t> llama_kv_cache_lukv::n_owned_plus(uint32_t n) const {
-    std::vector<uint32_t> res;
-    for (const auto & layer : kv.layers) {
-        for (const auto & head : layer.heads) {
-            res.push_back(head.n_owned + n);
-        }
+std::vector<uint32_t> llama_kv_cache_lukv::n_kept_all() const {
+    auto res = n_owned_all();
+
+    // each sequence keeps its protected cells, and what it owns is rounded: but no more cells than there are tokens
+    for (auto & n : res) {
+        n = std::max(n, std::min(kv_size, n + (n_seq_max - 1)*(params.n_cells_min() + 2)));
     }
     return res;
 }
 
-llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uint32_t> & n_owned) const {
+llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uint32_t> & n_rows, const std::vector<uint32_t> & n_owned) const {
     const auto & hparams = model.hparams;
 
     struct buft_comparator {
@@ -177,8 +223,17 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr, buft_comparator> ctx_map;
 
     kv_storage res;
+    res.layers.resize(params.n_layer);
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
+    for (const auto & [il, i] : map_layer_ids) {
+        res.layers[i].il = il;
+    }
+
+    size_t i_head = 0;
+
+    for (auto & layer : res.layers) {
+        const uint32_t il = layer.il;
+
         ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(get_dev(il));
 
         auto & ctx = ctx_map[buft];
@@ -193,25 +248,17 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
             }
         }
 
-        kv_layer layer;
+        uint32_t n_rows_layer = 0;
+        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih, ++i_head) {
+            layer.pools.push_back({ n_rows_layer, n_rows[i_head], n_owned[i_head] });
 
-        uint32_t n_rows = 0;
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            kv_head head;
-            head.offs    = n_rows;
-            head.n_owned = n_owned[il*params.n_head_kv + ih];
-
-            n_rows += n_recent_max + head.n_owned;
-
-            layer.heads.push_back(std::move(head));
+            n_rows_layer += n_rows[i_head];
         }
 
-        layer.k = ggml_new_tensor_2d(ctx.get(), type_k, hparams.n_embd_head_k(il), n_rows);
-        layer.v = ggml_new_tensor_2d(ctx.get(), type_v, hparams.n_embd_head_v(il), n_rows);
+        layer.k = ggml_new_tensor_2d(ctx.get(), type_k, hparams.n_embd_head_k(il), n_rows_layer);
+        layer.v = ggml_new_tensor_2d(ctx.get(), type_v, hparams.n_embd_head_v(il), n_rows_layer);
         ggml_format_name(layer.k, "cache_k_l%d", il);
         ggml_format_name(layer.v, "cache_v_l%d", il);
-
-        res.layers.push_back(std::move(layer));
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -239,64 +286,72 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
     return res;
 }
 
-bool llama_kv_cache_lukv::resize(const std::vector<uint32_t> & n_owned) {
-    kv_storage kv_new;
-    try {
-        kv_new = alloc(n_owned);
-    } catch (const std::exception & err) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-        return false;
-    }
+std::vector<llama_ubatch> llama_kv_cache_lukv::split(llama_batch_allocr & balloc, uint32_t n_ubatch) const {
+    const llama_batch & batch = balloc.get_batch();
 
-    ggml_context_ptr ctx { ggml_init({
-        /*.mem_size   =*/ 8*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    }) };
+    std::map<llama_seq_id, uint32_t> n_left; // tokens of each sequence
 
-    const auto copy_rows = [&](ggml_tensor * src, uint32_t src_row, ggml_tensor * dst, uint32_t dst_row, uint32_t n_rows) {
-        if (n_rows == 0) {
-            return;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (batch.n_seq_id[i] != 1) {
+            LLAMA_LOG_ERROR("%s: LU-KV does not take tokens of several sequences, copy the sequence instead (llama_memory_seq_cp)\n", __func__);
+            return {};
         }
-
-        ggml_reset(ctx.get());
-
-        ggml_tensor * view_src = ggml_view_2d(ctx.get(), src, src->ne[0], n_rows, src->nb[1], src_row*src->nb[1]);
-        ggml_tensor * view_dst = ggml_view_2d(ctx.get(), dst, dst->ne[0], n_rows, dst->nb[1], dst_row*dst->nb[1]);
-        ggml_backend_view_init(view_src);
-        ggml_backend_view_init(view_dst);
-
-        ggml_backend_tensor_copy(view_src, view_dst);
-    };
-
-    if (lctx) {
-        ggml_backend_sched_synchronize(lctx->get_sched());
+        n_left[batch.seq_id[i][0]]++;
     }
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        auto & src = kv.layers[il];
-        auto & dst = kv_new.layers[il];
+    uint32_t n_live = seqs.size();
+    for (const auto & [id, _] : n_left) {
+        n_live += seqs.count(id) == 0;
+    }
+    if (n_live > n_seq_max) {
+        LLAMA_LOG_WARN("%s: %u sequences do not fit into a cache for %u\n", __func__, n_live, n_seq_max);
+        return {};
+    }
 
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            auto & head_src = src.heads[ih];
-            auto & head_dst = dst.heads[ih];
-
-            GGML_ASSERT(head_src.pos.size() <= head_dst.n_owned);
-
-            const uint32_t n_rows = head_src.pos.size() + pos_recent.size();
-
-            copy_rows(src.k, head_src.offs, dst.k, head_dst.offs, n_rows);
-            copy_rows(src.v, head_src.offs, dst.v, head_dst.offs, n_rows);
-
-            head_dst.pos = std::move(head_src.pos);
+    // this policy never evicts on its own, so it can be full
+    const bool prefill = params.policy == LLAMA_LUKV_POLICY_PREFILL;
+    if (prefill) {
+        uint32_t n_tokens = batch.n_tokens;
+        for (const auto & [_, seq] : seqs) {
+            n_tokens += seq.n_tokens();
+        }
+        if (n_tokens > kv_size) {
+            return {};
         }
     }
 
-    kv = std::move(kv_new);
-    version++;
-    version_alloc++;
+    // several sequences at once are for the op that knows them: all of the batch, or tokens that are generated beside a prompt
+    const uint32_t n_equal = prefill ? 0 : n_tokens_ragged();
 
-    return true;
+    n_ubatch = std::min(n_ubatch, n_recent_max);
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> res;
+    while (!n_left.empty()) {
+        uint32_t n_min = n_ubatch;
+        for (const auto & [_, n] : n_left) {
+            n_min = std::min(n_min, n);
+        }
+
+        const bool equal = n_left.size() > 1 && (n_equal >= n_ubatch || n_left.size()*n_min <= n_equal);
+
+        auto ubatch = equal ? balloc.split_equal(std::min(n_ubatch, n_equal), !cparams.kv_unified, 0) : balloc.split_seq(n_ubatch);
+        if (ubatch.n_tokens == 0) {
+            return {};
+        }
+
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            const auto it = n_left.find(ubatch.seq_id[i][0]);
+            if (--it->second == 0) {
+                n_left.erase(it);
+            }
+        }
+
+        res.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    return res;
 }
 
 llama_memory_context_ptr llama_kv_cache_lukv::init_batch(
@@ -305,25 +360,8 @@ llama_memory_context_ptr llama_kv_cache_lukv::init_batch(
             bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    balloc.split_reset();
-
-    std::vector<llama_ubatch> ubatches;
-    while (true) {
-        auto ubatch = balloc.split_simple(std::min(n_ubatch, n_recent_max));
-
-        if (ubatch.n_tokens == 0) {
-            break;
-        }
-
-        ubatches.push_back(std::move(ubatch)); // NOLINT
-    }
-
-    if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return std::make_unique<llama_kv_cache_lukv_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    }
-
-    // this policy never evicts on its own, so it can be full
-    if (params.policy == LLAMA_LUKV_POLICY_PREFILL && pos_max + 1 + balloc.get_n_tokens() > kv_size) {
+    auto ubatches = split(balloc, n_ubatch);
+    if (ubatches.empty()) {
         return std::make_unique<llama_kv_cache_lukv_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
@@ -347,120 +385,163 @@ bool llama_kv_cache_lukv::get_can_shift() const {
 }
 
 uint32_t llama_kv_cache_lukv::n_nodes_extra() const {
-    return N_NODES_HEAD*params.n_layer*params.n_head_kv;
+    return N_NODES_HEAD*n_heads();
 }
 
 void llama_kv_cache_lukv::clear(bool data) {
-    pos_recent.clear();
-    pos_min = -1;
-    pos_max = -1;
-
-    has_holes = false;
-
-    for (auto & layer : kv.layers) {
-        for (auto & head : layer.heads) {
-            head.pos.clear();
-        }
-    }
-
-    if (prefill_done) {
-        prefill_done = false;
-
-        // a new prompt is cached in full again. should there be no memory for it now, the cache grows with the prompt
-        resize(n_owned_init());
-    }
+    seqs.clear();
+    version++;
 
     if (data) {
         for (auto & [_, buf] : kv.ctxs_bufs) {
             ggml_backend_buffer_clear(buf.get(), 0);
         }
     }
-
-    version++;
 }
 
-void llama_kv_cache_lukv::remove_range(llama_pos p0, llama_pos p1) {
-    const auto remove = [&](std::vector<llama_pos> & cells) {
+void llama_kv_cache_lukv::remove(kv_seq & seq, llama_pos p0, llama_pos p1) {
+    const auto remove_from = [&](std::vector<llama_pos> & cells) {
         for (auto & pos : cells) {
             if (pos >= p0 && pos < p1) {
                 pos = -1;
-                has_holes = true;
+                seq.has_holes = true;
             }
         }
     };
 
-    remove(pos_recent);
-    for (auto & layer : kv.layers) {
-        for (auto & head : layer.heads) {
-            remove(head.pos);
-        }
+    remove_from(seq.pos_recent);
+    for (auto & seg : seq.segs) {
+        remove_from(seg.pos);
+    }
+
+    // the logical range. some of its cells may have been evicted from every head
+    if (p1 > seq.pos_max) {
+        seq.pos_max = p0 - 1;
+    } else if (p0 <= seq.pos_min) {
+        seq.pos_min = p1;
     }
 }
 
 bool llama_kv_cache_lukv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (seq_id > 0 || pos_max < 0) {
-        return true;
-    }
-
     p0 = std::max(p0, 0);
     if (p1 < 0) {
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
-    if (p0 > pos_max || p1 <= pos_min || p0 >= p1) {
-        return true;
-    }
+    for (auto it = seqs.begin(); it != seqs.end(); ) {
+        auto & [id, seq] = *it;
 
-    if (p0 <= pos_min && p1 > pos_max) {
-        clear(false);
-        return true;
-    }
+        const bool has_range = (seq_id < 0 || id == seq_id) && p0 < p1 && p0 <= seq.pos_max && p1 > seq.pos_min;
 
-    remove_range(p0, p1);
-
-    // the logical range. some of its cells may have been evicted from every head
-    if (p1 > pos_max) {
-        pos_max = p0 - 1;
-    } else if (p0 <= pos_min) {
-        pos_min = p1;
+        if (has_range && p0 <= seq.pos_min && p1 > seq.pos_max) {
+            it = seqs.erase(it);
+            version++;
+            continue;
+        }
+        if (has_range) {
+            remove(seq, p0, p1);
+        }
+        ++it;
     }
 
     return true;
 }
 
 void llama_kv_cache_lukv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_UNUSED(p0);
-    GGML_UNUSED(p1);
-
-    if (seq_id_src != seq_id_dst) {
-        LLAMA_LOG_ERROR("%s: LU-KV holds one sequence, cannot copy it to another one\n", __func__);
+    if (seq_id_src == seq_id_dst || seqs.count(seq_id_src) == 0) {
+        return;
     }
+    if (seqs.count(seq_id_dst) > 0) {
+        LLAMA_LOG_ERROR("%s: LU-KV copies a sequence only to an empty one, remove %d first\n", __func__, seq_id_dst);
+        return;
+    }
+    if (seqs.size() >= n_seq_max) {
+        LLAMA_LOG_ERROR("%s: %u sequences are in use already\n", __func__, n_seq_max);
+        return;
+    }
+
+    const kv_seq & src = seqs.at(seq_id_src);
+
+    p0 = std::max(p0, src.pos_min);
+    p1 = p1 < 0 ? src.pos_max + 1 : std::min(p1, src.pos_max + 1);
+    if (p0 >= p1) {
+        return;
+    }
+
+    const auto in_range = [&](llama_pos pos) { return pos >= p0 && pos < p1; };
+
+    kv_seq dst;
+    dst.pos_min      = p0;
+    dst.pos_max      = p1 - 1;
+    dst.prefill_done = src.prefill_done;
+    dst.segs.resize(n_heads());
+    std::copy_if(src.pos_recent.begin(), src.pos_recent.end(), std::back_inserter(dst.pos_recent), in_range);
+
+    std::vector<std::vector<llama_pos>> pos(n_heads());
+    for (size_t i = 0; i < pos.size(); ++i) {
+        std::copy_if(src.segs[i].pos.begin(), src.segs[i].pos.end(), std::back_inserter(pos[i]), in_range);
+    }
+
+    if (!add_seq(seq_id_dst, std::move(dst), pos)) {
+        LLAMA_LOG_ERROR("%s: failed to copy the sequence %d\n", __func__, seq_id_src);
+        return;
+    }
+
+    const kv_seq & copy = seqs.at(seq_id_dst);
+
+    row_copier copy_rows(*this);
+
+    for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+        std::vector<llama_pos> cells = src.segs[i].pos;
+        cells.insert(cells.end(), src.pos_recent.begin(), src.pos_recent.end());
+
+        // runs of cells to be copied
+        uint32_t dst_row = copy.segs[i].offs;
+        for (uint32_t first = 0, last = 0; first < cells.size(); first = last) {
+            const bool copied = in_range(cells[first]);
+            while (last < cells.size() && in_range(cells[last]) == copied) {
+                last++;
+            }
+            if (copied) {
+                for (ggml_tensor * t : { layer.k, layer.v }) {
+                    copy_rows(t, src.segs[i].offs + first, t, dst_row, last - first);
+                }
+                dst_row += last - first;
+            }
+        }
+    });
 }
 
 void llama_kv_cache_lukv::seq_keep(llama_seq_id seq_id) {
-    if (seq_id != 0) {
-        clear(false);
+    for (auto it = seqs.begin(); it != seqs.end(); ) {
+        it = it->first == seq_id ? std::next(it) : seqs.erase(it);
     }
+    version++;
 }
 
 void llama_kv_cache_lukv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    if (seq_id <= 0 && shift != 0 && pos_max >= 0 && p0 <= pos_max && p0 != p1) {
-        LLAMA_LOG_ERROR("%s: LU-KV does not shift positions, see llama_memory_can_shift()\n", __func__);
+    for (const auto & [id, seq] : seqs) {
+        if ((seq_id < 0 || id == seq_id) && shift != 0 && p0 <= seq.pos_max && p0 != p1) {
+            LLAMA_LOG_ERROR("%s: LU-KV does not shift positions, see llama_memory_can_shift()\n", __func__);
+            return;
+        }
     }
 }
 
 void llama_kv_cache_lukv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
-    if (seq_id <= 0 && d != 1 && pos_max >= 0 && p0 <= pos_max && p0 != p1) {
-        LLAMA_LOG_ERROR("%s: LU-KV does not shift positions, see llama_memory_can_shift()\n", __func__);
+    if (d != 1) {
+        seq_add(seq_id, p0, p1, 1);
     }
 }
 
 llama_pos llama_kv_cache_lukv::seq_pos_min(llama_seq_id seq_id) const {
-    return seq_id == 0 ? pos_min : -1;
+    const auto it = seqs.find(seq_id);
+    return it == seqs.end() ? -1 : it->second.pos_min;
 }
 
 llama_pos llama_kv_cache_lukv::seq_pos_max(llama_seq_id seq_id) const {
-    return seq_id == 0 ? pos_max : -1;
+    const auto it = seqs.find(seq_id);
+    return it == seqs.end() ? -1 : it->second.pos_max;
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_lukv::memory_breakdown() const {
@@ -478,20 +559,38 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_lukv::memory_breakdo
     return res;
 }
 
-uint32_t llama_kv_cache_lukv::get_n_owned(uint32_t il, uint32_t ih) const {
-    return kv.layers[il].heads[ih].n_owned;
+uint32_t llama_kv_cache_lukv::get_n_owned(int32_t il, uint32_t ih) const {
+    return get_layer(il).pools[ih].n_owned;
 }
 
-uint32_t llama_kv_cache_lukv::get_n_used(uint32_t il, uint32_t ih) const {
-    const auto & pos = kv.layers[il].heads[ih].pos;
-
-    const auto is_used = [](llama_pos p) { return p >= 0; };
-
-    return std::count_if(pos.begin(), pos.end(), is_used) + std::count_if(pos_recent.begin(), pos_recent.end(), is_used);
+uint32_t llama_kv_cache_lukv::get_n_used(int32_t il, uint32_t ih) const {
+    uint32_t res = 0;
+    for (const auto & [id, _] : seqs) {
+        res += get_n_used(id, il, ih);
+    }
+    return res;
 }
 
-std::vector<llama_pos> llama_kv_cache_lukv::get_positions(uint32_t il, uint32_t ih) const {
-    std::vector<llama_pos> res = kv.layers[il].heads[ih].pos;
+const llama_kv_cache_lukv::kv_segment & llama_kv_cache_lukv::get_seg(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
+    return seqs.at(seq_id).segs[map_layer_ids.at(il)*params.n_head_kv + ih];
+}
+
+uint32_t llama_kv_cache_lukv::get_n_owned(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
+    return seqs.count(seq_id) > 0 ? get_seg(seq_id, il, ih).n_owned : 0;
+}
+
+uint32_t llama_kv_cache_lukv::get_n_used(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
+    return get_positions(seq_id, il, ih).size();
+}
+
+std::vector<llama_pos> llama_kv_cache_lukv::get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
+    if (seqs.count(seq_id) == 0) {
+        return {};
+    }
+
+    std::vector<llama_pos> res = get_seg(seq_id, il, ih).pos;
+
+    const auto & pos_recent = seqs.at(seq_id).pos_recent;
 
     res.insert(res.end(), pos_recent.begin(), pos_recent.end());
     res.erase(std::remove(res.begin(), res.end(), -1), res.end());
@@ -500,8 +599,14 @@ std::vector<llama_pos> llama_kv_cache_lukv::get_positions(uint32_t il, uint32_t 
     return res;
 }
 
-uint32_t llama_kv_cache_lukv::get_n_recent_pad(uint32_t n_recent) const {
-    return std::min<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), n_recent_max);
+template <typename F>
+void llama_kv_cache_lukv::for_each_head(const F & f) const {
+    size_t i = 0;
+    for (const auto & layer : kv.layers) {
+        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+            f(layer, ih, i++);
+        }
+    }
 }
 
 // the CPU's if there is none of the device
@@ -530,93 +635,449 @@ static ggml_tensor * concat(ggml_context * ctx, std::vector<ggml_tensor *> parts
 }
 
 //
+// sharing of the cells
+//
+
+llama_kv_cache_lukv::seq_ids_t llama_kv_cache_lukv::seq_ids_of(const llama_ubatch & ubatch) {
+    seq_ids_t res;
+    for (uint32_t i = 0; i < ubatch.n_tokens; i += ubatch.n_seq_tokens) {
+        res.push_back(ubatch.seq_id[i][0]);
+    }
+    return res;
+}
+
+std::map<llama_seq_id, uint32_t> llama_kv_cache_lukv::get_quotas(const seq_ids_t & ids, uint32_t n) const {
+    std::map<llama_seq_id, uint64_t> n_tokens;
+
+    uint64_t size = kv_size;
+
+    // policy prefill: a sequence that has been evicted has what it keeps
+    for (const auto & [id, seq] : seqs) {
+        if (seq.prefill_done) {
+            size -= std::min<uint64_t>(size, seq.n_tokens());
+        } else {
+            n_tokens[id] = seq.n_tokens();
+        }
+    }
+    for (llama_seq_id id : ids) {
+        const auto it = seqs.find(id);
+        if (it == seqs.end() || !it->second.prefill_done) {
+            n_tokens[id] += n;
+        }
+    }
+
+    uint64_t sum = 0;
+    for (const auto & [_, n_seq] : n_tokens) {
+        sum += n_seq;
+    }
+
+    std::map<llama_seq_id, uint32_t> res;
+    for (const auto & [id, n_seq] : n_tokens) {
+        res[id] = std::max<uint64_t>(size*n_seq/sum, 1);
+    }
+    return res;
+}
+
+bool llama_kv_cache_lukv::wants_quota(const kv_seq & seq, uint32_t quota_new) const {
+    const uint32_t quota    = seq.quota;
+    const uint32_t n_tokens = seq.n_tokens();
+
+    if (quota_new <= quota) {
+        return false;
+    }
+
+    // the moves of a new layout cost as much as the cache is large: they have to be worth it,
+    // unless the sequence would have to keep less than its budget although all sequences together have room
+    return quota_new >= quota + quota/4 || (n_tokens > quota && (quota_new >= n_tokens || quota_new >= quota + quota/20));
+}
+
+std::vector<uint32_t> llama_kv_cache_lukv::n_cells_of(const kv_seq & seq) const {
+    std::vector<uint32_t> res;
+    for (const auto & seg : seq.segs) {
+        res.push_back(seg.pos.size() + seq.pos_recent.size());
+    }
+    return res;
+}
+
+llama_kv_cache_lukv::n_cells_t llama_kv_cache_lukv::n_owned_of(const std::map<llama_seq_id, uint32_t> & quotas) const {
+    n_cells_t res;
+
+    for (const auto & [id, seq] : seqs) {
+        auto & n_owned = res[id];
+
+        if (params.policy == LLAMA_LUKV_POLICY_CAPACITY) {
+            n_owned = params.get_n_cells(quotas.at(id));
+        } else if (!seq.prefill_done) {
+            n_owned.assign(n_heads(), quotas.at(id));
+        } else {
+            n_owned = n_cells_of(seq);
+            for (auto & n : n_owned) {
+                n += N_GROW;
+            }
+        }
+    }
+
+    if (params.policy == LLAMA_LUKV_POLICY_CAPACITY) {
+        // the quotas add up, but what they give was rounded, and is never below the minimum
+        const auto n_max = n_kept_all();
+
+        for (size_t i = 0; i < n_heads(); ++i) {
+            int64_t n_over = -int64_t(n_max[i]);
+            for (const auto & [_, n_owned] : res) {
+                n_over += n_owned[i];
+            }
+
+            while (n_over > 0) {
+                const auto largest = std::max_element(res.begin(), res.end(), [&](const auto & a, const auto & b) {
+                    return a.second[i] < b.second[i];
+                });
+                largest->second[i]--;
+                n_over--;
+            }
+        }
+    }
+
+    return res;
+}
+
+std::vector<uint32_t> llama_kv_cache_lukv::n_rows_of(const n_cells_t & n_owned, const std::map<llama_seq_id, uint32_t> & n_room) const {
+    uint32_t n_room_sum = 0;
+    for (const auto & [_, n] : n_room) {
+        n_room_sum += n;
+    }
+
+    std::vector<uint32_t> res(params.budget.size());
+    for (const auto & [_, n] : n_owned) {
+        for (size_t i = 0; i < res.size(); ++i) {
+            res[i] += n[i];
+        }
+    }
+
+    if (params.policy == LLAMA_LUKV_POLICY_PREFILL && !n_owned.empty()) {
+        for (auto & n : res) {
+            n += std::max(n_room_all, n_room_sum);
+        }
+        return res;
+    }
+
+    const auto n_kept = n_kept_all();
+    for (size_t i = 0; i < res.size(); ++i) {
+        res[i] = std::max(res[i] + n_room_sum, n_kept[i] + n_room_all);
+    }
+    return res;
+}
+
+bool llama_kv_cache_lukv::rebalance(const seq_ids_t & ids, uint32_t n) {
+    for (llama_seq_id id : ids) {
+        seqs[id].segs.resize(n_heads());
+    }
+
+    const auto quotas  = get_quotas(ids, n);
+    const auto n_owned = n_owned_of(quotas);
+
+    std::vector<eviction> evictions;
+    std::map<llama_seq_id, uint32_t> n_room;
+
+    for (auto & [id, seq] : seqs) {
+        evictions.push_back({ &seq, n_owned.at(id) });
+
+        // long ubatches need room, the other sequences a little until their next commit, if there is enough
+        const uint32_t n_out = seqs.size() - ids.size();
+        const uint32_t n_min = n_out*N_RECENT_DECODE <= n_room_all - n_recent_max ? N_RECENT_DECODE : 0;
+        const bool     in    = std::find(ids.begin(), ids.end(), id) != ids.end();
+
+        n_room[id] = in ? (n_room_all - n_out*n_min)/ids.size() : n_min;
+    }
+
+    if (!evict(evictions) || !set_layout(n_owned, n_room)) {
+        for (auto it = seqs.begin(); it != seqs.end(); ) {
+            it = it->second.pos_max < 0 ? seqs.erase(it) : std::next(it);
+        }
+        return false;
+    }
+
+    for (const auto & [id, quota] : quotas) {
+        seqs.at(id).quota = quota;
+    }
+    is_provisional = false;
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::add_seq(llama_seq_id seq_id, kv_seq seq, const std::vector<std::vector<llama_pos>> & pos) {
+    const std::vector<llama_pos> pos_recent = std::move(seq.pos_recent);
+
+    // the cells come after the layout: there is nothing to be moved yet
+    seq.pos_recent.clear();
+    seqs[seq_id] = std::move(seq);
+
+    const auto quotas = get_quotas({}, 0);
+
+    n_cells_t n_owned = n_owned_of(quotas);
+    std::map<llama_seq_id, uint32_t> n_room;
+
+    for (auto & [id, cur] : seqs) {
+        const size_t n_recent = id == seq_id ? pos_recent.size() : cur.pos_recent.size();
+
+        for (size_t i = 0; i < n_heads(); ++i) {
+            const size_t n_kept = id == seq_id ? pos[i].size() : cur.segs[i].pos.size();
+
+            n_owned[id][i] = std::max<uint32_t>(n_owned[id][i], n_kept);
+        }
+        n_room[id] = std::max<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), N_RECENT_DECODE);
+    }
+
+    if (!set_layout(n_owned, n_room)) {
+        seqs.erase(seq_id);
+        return false;
+    }
+
+    kv_seq & res = seqs.at(seq_id);
+    res.pos_recent = pos_recent;
+    for (size_t i = 0; i < n_heads(); ++i) {
+        res.segs[i].pos = pos[i];
+    }
+    is_provisional = true;
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::set_layout(const n_cells_t & n_owned, const std::map<llama_seq_id, uint32_t> & n_room) {
+    const auto n_rows = n_rows_of(n_owned, n_room);
+
+    bool in_place = true;
+    for_each_head([&](const kv_layer & layer, uint32_t ih, size_t i) {
+        in_place = in_place && layer.pools[ih].n_rows == n_rows[i];
+    });
+
+    std::map<llama_seq_id, std::vector<uint32_t>> offs;
+
+    // the first row of each segment in a storage with such pools
+    const auto get_offs = [&](const kv_storage & storage) {
+        for (size_t i = 0; i < n_heads(); ++i) {
+            uint32_t row = storage.layers[i/params.n_head_kv].pools[i%params.n_head_kv].offs;
+            for (const auto & [id, n] : n_owned) {
+                offs[id].resize(n_heads());
+                offs[id][i] = row;
+
+                row += n[i] + n_room.at(id);
+            }
+        }
+    };
+
+    if (in_place) {
+        get_offs(kv);
+
+        cell_moves moves(params.n_layer);
+        for (const auto & [id, seq] : seqs) {
+            const auto n_cells = n_cells_of(seq);
+
+            for (size_t i = 0; i < n_heads(); ++i) {
+                const int32_t src = seq.segs[i].offs;
+                const int32_t dst = offs.at(id)[i];
+
+                for (int32_t j = 0; src != dst && j < (int32_t) n_cells[i]; ++j) {
+                    moves[i/params.n_head_kv].push_back({ src + j, dst + j });
+                }
+            }
+        }
+
+        // nothing has been computed yet where there is no context: a new allocation then
+        const bool none = std::all_of(moves.begin(), moves.end(), [](const auto & m) { return m.empty(); });
+
+        in_place = none || lctx;
+        if (in_place && !compute_moves(moves)) {
+            return false;
+        }
+    }
+
+    if (!in_place) {
+        // policy prefill: what the sequences own now. capacity: what the budgets give
+        auto n_owned_pool = n_owned_all();
+        if (params.policy == LLAMA_LUKV_POLICY_PREFILL) {
+            std::fill(n_owned_pool.begin(), n_owned_pool.end(), 0);
+            for (const auto & [_, n] : n_owned) {
+                for (size_t i = 0; i < n_heads(); ++i) {
+                    n_owned_pool[i] += n[i];
+                }
+            }
+        }
+
+        kv_storage kv_new;
+        try {
+            kv_new = alloc(n_rows, n_owned_pool);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            return false;
+        }
+
+        get_offs(kv_new);
+
+        row_copier copy_rows(*this);
+
+        for (const auto & [id, seq] : seqs) {
+            const auto n_cells = n_cells_of(seq);
+
+            for (size_t i = 0; i < n_heads(); ++i) {
+                const auto & src = kv    .layers[i/params.n_head_kv];
+                const auto & dst = kv_new.layers[i/params.n_head_kv];
+
+                copy_rows(src.k, seq.segs[i].offs, dst.k, offs.at(id)[i], n_cells[i]);
+                copy_rows(src.v, seq.segs[i].offs, dst.v, offs.at(id)[i], n_cells[i]);
+            }
+        }
+
+        kv = std::move(kv_new);
+        version_alloc++;
+    }
+
+    for (auto & [id, seq] : seqs) {
+        seq.n_room = n_room.at(id);
+        for (size_t i = 0; i < n_heads(); ++i) {
+            seq.segs[i].offs    = offs.at(id)[i];
+            seq.segs[i].n_owned = n_owned.at(id)[i];
+        }
+    }
+    version++;
+
+    return true;
+}
+
+//
 // eviction
 //
 
 bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
-    const uint32_t n_tokens = ubatch.n_tokens;
+    const seq_ids_t ids = seq_ids_of(ubatch);
 
-    GGML_ASSERT(n_tokens <= n_recent_max);
+    const uint32_t n = ubatch.n_seq_tokens;
+
+    GGML_ASSERT(ubatch.n_tokens <= n_recent_max);
+
+    if (!compact()) {
+        return false;
+    }
+
+    const bool prefill = params.policy == LLAMA_LUKV_POLICY_PREFILL;
+
+    // the first token that is generated ends the prompt
+    for (llama_seq_id id : ids) {
+        if (prefill && n == 1 && seqs.count(id) > 0 && !end_prefill(seqs.at(id))) {
+            return false;
+        }
+    }
+
+    const auto quotas = get_quotas(ids, n);
+
+    bool balance = is_provisional;
+
+    std::vector<eviction> evictions;
+
+    for (llama_seq_id id : ids) {
+        if (seqs.count(id) == 0 || n > seqs.at(id).n_room) {
+            balance = true;
+            continue;
+        }
+
+        kv_seq & seq = seqs.at(id);
+
+        const uint32_t n_recent = seq.pos_recent.size();
+        const uint32_t n_lim    = n <= N_UBATCH_DECODE && !prefill ? std::min(N_RECENT_DECODE, seq.n_room) : seq.n_room;
+
+        if (n_recent == 0 || n_recent + n <= n_lim) {
+            continue;
+        }
+
+        bool full = false;
+
+        auto & cur = evictions.emplace_back(eviction { &seq, {} });
+        for (const auto & seg : seq.segs) {
+            cur.n_keep.push_back(seg.n_owned);
+
+            full = full || seg.pos.size() + n_recent > seg.n_owned;
+        }
+
+        balance = balance || (full && (prefill || wants_quota(seq, quotas.at(id))));
+    }
+
+    if (balance ? !rebalance(ids, n) : !evict(evictions)) {
+        return false;
+    }
+
+    for (size_t s = 0; s < ids.size(); ++s) {
+        kv_seq & seq = seqs.at(ids[s]);
+
+        for (uint32_t i = s*n; i < (s + 1)*n; ++i) {
+            seq.pos_recent.push_back(ubatch.pos[i]);
+
+            seq.pos_max = std::max(seq.pos_max, ubatch.pos[i]);
+            if (seq.pos_min < 0) {
+                seq.pos_min = ubatch.pos[i];
+            }
+        }
+    }
+    n_tokens_all += ubatch.n_tokens;
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::end_prefill(kv_seq & seq) {
+    if (seq.prefill_done) {
+        return true;
+    }
+
+    if (!evict({ { &seq, params.get_n_cells(seq.n_tokens()) } })) {
+        return false;
+    }
+    seq.prefill_done = true;
+
+    // give the rest of the memory back
+    const auto quotas = get_quotas({}, 0);
+
+    n_cells_t n_owned;
+    std::map<llama_seq_id, uint32_t> n_room;
+
+    for (const auto & [id, cur] : seqs) {
+        for (const auto & seg : cur.segs) {
+            n_owned[id].push_back(&cur == &seq ? seg.pos.size() : cur.prefill_done ? seg.n_owned : quotas.at(id));
+        }
+        n_room[id] = cur.n_room;
+    }
+
+    seq.prefill_done = set_layout(n_owned, n_room);
+
+    return seq.prefill_done;
+}
+
+bool llama_kv_cache_lukv::commit(llama_context * lctx) {
+    this->lctx = lctx;
 
     if (!compact()) {
         return false;
     }
 
     if (params.policy == LLAMA_LUKV_POLICY_PREFILL) {
-        // the first token that is generated ends the prompt
-        if (!prefill_done && n_tokens == 1 && pos_max >= 0 && !commit(lctx)) {
-            return false;
-        }
-        if (pos_recent.size() + n_tokens > n_recent_max) {
-            const uint32_t n_recent = pos_recent.size();
-
-            bool grow = false;
-            for (const auto & layer : kv.layers) {
-                for (const auto & head : layer.heads) {
-                    grow = grow || head.pos.size() + n_recent > head.n_owned;
-                }
-            }
-
-            if ((grow && !resize(n_owned_plus(std::max(N_GROW, n_recent)))) || !evict(n_owned_plus(0))) {
+        for (auto & [_, seq] : seqs) {
+            if (!end_prefill(seq)) {
                 return false;
             }
         }
-    } else {
-        const uint32_t n_recent_lim = n_tokens <= N_UBATCH_DECODE ? std::min(N_RECENT_DECODE, n_recent_max) : n_recent_max;
-
-        if (pos_recent.size() + n_tokens > n_recent_lim && !pos_recent.empty() && !commit(lctx)) {
-            return false;
-        }
-    }
-
-    for (uint32_t i = 0; i < n_tokens; ++i) {
-        pos_recent.push_back(ubatch.pos[i]);
-
-        pos_max = std::max(pos_max, ubatch.pos[i]);
-        if (pos_min < 0) {
-            pos_min = ubatch.pos[i];
-        }
-    }
-
-    return true;
-}
-
-bool llama_kv_cache_lukv::commit(llama_context * lctx) {
-    this->lctx = lctx;
-
-    if (pos_max < 0) {
         return true;
     }
 
-    if (!compact()) {
-        return false;
+    if (is_provisional) {
+        return rebalance({}, 0);
     }
 
-    if (params.policy == LLAMA_LUKV_POLICY_CAPACITY) {
-        return evict(n_owned_plus(0));
-    }
-
-    if (prefill_done) {
-        return true;
-    }
-
-    const uint32_t n_tokens = pos_max - pos_min + 1;
-
-    if (!evict(params.get_n_cells(n_tokens))) {
-        return false;
-    }
-
-    // give the rest of the memory back
-    std::vector<uint32_t> n_owned;
-    for (const auto & layer : kv.layers) {
-        for (const auto & head : layer.heads) {
-            n_owned.push_back(head.pos.size());
+    std::vector<eviction> evictions;
+    for (auto & [_, seq] : seqs) {
+        auto & cur = evictions.emplace_back(eviction { &seq, {} });
+        for (const auto & seg : seq.segs) {
+            cur.n_keep.push_back(seg.n_owned);
         }
     }
 
-    prefill_done = resize(n_owned);
-
-    return prefill_done;
+    return evict(evictions);
 }
 
 // the cells that stay become the first rows of a head: those behind them fill the places of the ones that go
@@ -639,73 +1100,80 @@ static void plan_moves(const std::vector<int32_t> & rows, int32_t n, const F & m
 }
 
 bool llama_kv_cache_lukv::compact() {
-    if (!has_holes) {
-        return true;
-    }
-
     const auto is_hole = [](llama_pos pos) { return pos < 0; };
 
-    std::vector<llama_pos> pos_recent_new = pos_recent;
-    pos_recent_new.erase(std::remove_if(pos_recent_new.begin(), pos_recent_new.end(), is_hole), pos_recent_new.end());
-
     cell_moves moves(params.n_layer);
-    std::vector<std::vector<llama_pos>> pos_new;
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (const auto & head : kv.layers[il].heads) {
+    std::vector<std::pair<kv_seq *, kv_seq>> compacted;
+
+    for (auto & [_, seq] : seqs) {
+        if (!seq.has_holes) {
+            continue;
+        }
+
+        kv_seq seq_new = seq;
+        seq_new.has_holes = false;
+        seq_new.pos_recent.erase(std::remove_if(seq_new.pos_recent.begin(), seq_new.pos_recent.end(), is_hole), seq_new.pos_recent.end());
+
+        for (size_t i = 0; i < n_heads(); ++i) {
+            const auto & seg = seq.segs[i];
+
+            auto & pos = seq_new.segs[i].pos;
+            auto & cur = moves[i/params.n_head_kv];
+
             std::vector<int32_t> holes;
-            for (uint32_t i = 0; i < head.pos.size(); ++i) {
-                if (is_hole(head.pos[i])) {
-                    holes.push_back(i);
+            for (uint32_t j = 0; j < seg.pos.size(); ++j) {
+                if (is_hole(seg.pos[j])) {
+                    holes.push_back(j);
                 }
             }
 
-            auto & pos = pos_new.emplace_back(head.pos);
             plan_moves(holes, pos.size(), [&](int32_t src, int32_t dst) {
-                moves[il].push_back({ (int32_t) (head.offs + src), (int32_t) (head.offs + dst) });
+                cur.push_back({ (int32_t) seg.offs + src, (int32_t) seg.offs + dst });
                 pos[dst] = pos[src];
             });
             pos.resize(pos.size() - holes.size());
 
             // the recent cells follow the kept ones, in their order
-            uint32_t src = head.offs + head.pos.size();
-            uint32_t dst = head.offs + pos.size();
-            for (llama_pos pos : pos_recent) {
-                if (!is_hole(pos)) {
+            int32_t src = seg.offs + seg.pos.size();
+            int32_t dst = seg.offs + pos.size();
+            for (llama_pos p : seq.pos_recent) {
+                if (!is_hole(p)) {
                     if (src != dst) {
-                        moves[il].push_back({ (int32_t) src, (int32_t) dst });
+                        cur.push_back({ src, dst });
                     }
                     dst++;
                 }
                 src++;
             }
         }
+
+        compacted.emplace_back(&seq, std::move(seq_new));
+    }
+
+    if (compacted.empty()) {
+        return true;
     }
 
     if (!compute_moves(moves)) {
         return false;
     }
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            kv.layers[il].heads[ih].pos = std::move(pos_new[il*params.n_head_kv + ih]);
-        }
+    for (auto & [seq, seq_new] : compacted) {
+        *seq = std::move(seq_new);
     }
-    pos_recent = std::move(pos_recent_new);
-
-    has_holes = false;
     version++;
 
     return true;
 }
 
-std::vector<int32_t> llama_kv_cache_lukv::get_protected(const kv_head & head) const {
-    const int32_t n_kept  = head.pos.size();
-    const int32_t n_cells = n_kept + pos_recent.size();
+std::vector<int32_t> llama_kv_cache_lukv::get_protected(const kv_seq & seq, const kv_segment & seg) const {
+    const int32_t n_kept  = seg.pos.size();
+    const int32_t n_cells = n_kept + seq.pos_recent.size();
 
-    const auto pos_at    = [&](int32_t i) { return i < n_kept ? head.pos[i] : pos_recent[i - n_kept]; };
-    const auto is_sink   = [&](int32_t i) { return pos_at(i) - pos_min < (llama_pos) params.sink;   };
-    const auto is_recent = [&](int32_t i) { return pos_max - pos_at(i) < (llama_pos) params.recent; };
+    const auto pos_at    = [&](int32_t i) { return i < n_kept ? seg.pos[i] : seq.pos_recent[i - n_kept]; };
+    const auto is_sink   = [&](int32_t i) { return pos_at(i) - seq.pos_min < (llama_pos) params.sink;   };
+    const auto is_recent = [&](int32_t i) { return seq.pos_max - pos_at(i) < (llama_pos) params.recent; };
 
     std::vector<int32_t> res;
 
@@ -727,56 +1195,66 @@ std::vector<int32_t> llama_kv_cache_lukv::get_protected(const kv_head & head) co
     return res;
 }
 
-bool llama_kv_cache_lukv::evict(const std::vector<uint32_t> & n_keep) {
+bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
     const int64_t t_start_us = ggml_time_us();
 
     std::vector<std::vector<int32_t>> rows;
-    if (!compute_evicted(n_keep, rows)) {
+    if (!compute_evicted(evictions, rows)) {
         return false;
     }
 
     const int64_t t_selected_us = ggml_time_us();
 
-    const uint32_t n_recent = pos_recent.size();
+    uint32_t n_recent = 0;
 
     cell_moves moves(params.n_layer);
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            const auto & head = kv.layers[il].heads[ih];
+    for (size_t e = 0; e < evictions.size(); ++e) {
+        const auto & seq = *evictions[e].seq;
 
-            plan_moves(rows[il*params.n_head_kv + ih], head.pos.size() + n_recent, [&](int32_t src, int32_t dst) {
-                moves[il].push_back({ (int32_t) head.offs + src, (int32_t) head.offs + dst });
+        const auto n_cells = n_cells_of(seq);
+
+        for (size_t i = 0; i < n_heads(); ++i) {
+            plan_moves(rows[e*n_heads() + i], n_cells[i], [&](int32_t src, int32_t dst) {
+                moves[i/params.n_head_kv].push_back({ (int32_t) seq.segs[i].offs + src, (int32_t) seq.segs[i].offs + dst });
             });
         }
+        n_recent += seq.pos_recent.size();
     }
 
     if (!compute_moves(moves)) {
         return false;
     }
 
-    bool evicted = false;
+    int64_t n_gone = 0;
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            const auto & gone = rows[il*params.n_head_kv + ih];
+    for (size_t e = 0; e < evictions.size(); ++e) {
+        auto & seq = *evictions[e].seq;
 
-            auto & pos = kv.layers[il].heads[ih].pos;
+        for (size_t i = 0; i < n_heads(); ++i) {
+            const auto & gone = rows[e*n_heads() + i];
 
-            pos.insert(pos.end(), pos_recent.begin(), pos_recent.end());
+            auto & pos = seq.segs[i].pos;
+
+            pos.insert(pos.end(), seq.pos_recent.begin(), seq.pos_recent.end());
             plan_moves(gone, pos.size(), [&](int32_t src, int32_t dst) {
                 pos[dst] = pos[src];
             });
             pos.resize(pos.size() - gone.size());
 
-            evicted = evicted || !gone.empty();
+            n_gone += gone.size();
         }
+        seq.pos_recent.clear();
     }
-    pos_recent.clear();
+
+    if (n_recent == 0 && n_gone == 0) {
+        return true;
+    }
 
     LLAMA_LOG_DEBUG("%s: %u recent cells, selection %.2f ms, moves %.2f ms\n", __func__, n_recent,
             (t_selected_us - t_start_us)/1000.0, (ggml_time_us() - t_selected_us)/1000.0);
 
-    n_evictions += evicted;
+    n_evictions += n_gone > 0;
+    n_evicted   += n_gone;
     version++;
 
     return true;
@@ -875,19 +1353,17 @@ private:
     std::vector<std::pair<ggml_tensor *, std::vector<char>>> inputs;
 };
 
-bool llama_kv_cache_lukv::compute_evicted(const std::vector<uint32_t> & n_keep, std::vector<std::vector<int32_t>> & rows) {
-    const uint32_t n_recent = pos_recent.size();
+bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows) {
+    rows.assign(evictions.size()*n_heads(), {});
 
-    rows.assign(n_keep.size(), {});
-
-    commit_graph graph(*this, n_nodes_extra() + 1024);
+    commit_graph graph(*this, evictions.size()*n_nodes_extra() + 1024);
 
     auto * ctx = graph.ctx.get();
 
     // the scores on a device, and the heads that give up cells: the first row of each in the scores, its cells, and how many go
     struct selection {
         std::vector<ggml_tensor *> scores;
-        std::vector<uint32_t>      heads;
+        std::vector<size_t>        heads; // in rows
         std::vector<int32_t>       segs;
         std::vector<int64_t>       rows_prot;
 
@@ -898,43 +1374,48 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<uint32_t> & n_keep, 
     };
     std::map<ggml_backend_dev_t, selection> selections;
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        const auto & layer = kv.layers[il];
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        const auto & layer = kv.layers[l];
 
-        auto & cur = selections[get_dev(il)];
-        cur.on_device = ops[il].select;
+        auto & cur = selections[get_dev(layer.il)];
+        cur.on_device = ops[l].select;
 
         // with the op the scores of a layer have the rows of K, else each head has its own
         std::vector<int32_t> segs;
 
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            const auto & head = layer.heads[ih];
+        for (size_t e = 0; e < evictions.size(); ++e) {
+            const auto & seq = *evictions[e].seq;
 
-            const uint32_t i       = il*params.n_head_kv + ih;
-            const int32_t  n_cells = head.pos.size() + n_recent;
+            for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                const size_t i   = l*params.n_head_kv + ih;
+                const auto & seg = seq.segs[i];
 
-            if (n_cells <= (int32_t) n_keep[i]) {
-                continue;
+                const int32_t n_cells = seg.pos.size() + seq.pos_recent.size();
+                const int32_t n_keep  = evictions[e].n_keep[i];
+
+                if (n_cells <= n_keep) {
+                    continue;
+                }
+
+                const int64_t offs = cur.n_rows + (ops[l].score ? seg.offs : 0);
+
+                cur.heads.push_back(e*n_heads() + i);
+                cur.segs .insert(cur.segs.end(), { (int32_t) offs, n_cells, n_cells - n_keep });
+                for (int32_t row : get_protected(seq, seg)) {
+                    cur.rows_prot.push_back(offs + row);
+                }
+
+                if (ops[l].score) {
+                    segs.insert(segs.end(), { (int32_t) seg.offs, n_cells });
+                    continue;
+                }
+
+                ggml_tensor * k    = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
+                ggml_tensor * ones = graph.input(GGML_TYPE_F32, std::vector<float>(n_cells, 1.0f), 1);
+
+                cur.scores.push_back(build_score_keydiff(ctx, k, ones));
+                cur.n_rows += n_cells;
             }
-
-            const int64_t offs = cur.n_rows + (ops[il].score ? head.offs : 0);
-
-            cur.heads.push_back(i);
-            cur.segs .insert(cur.segs.end(), { (int32_t) offs, n_cells, n_cells - (int32_t) n_keep[i] });
-            for (int32_t row : get_protected(head)) {
-                cur.rows_prot.push_back(offs + row);
-            }
-
-            if (ops[il].score) {
-                segs.insert(segs.end(), { (int32_t) head.offs, n_cells });
-                continue;
-            }
-
-            ggml_tensor * k    = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], head.offs*layer.k->nb[1]);
-            ggml_tensor * ones = graph.input(GGML_TYPE_F32, std::vector<float>(n_cells, 1.0f), 1);
-
-            cur.scores.push_back(build_score_keydiff(ctx, k, ones));
-            cur.n_rows += n_cells;
         }
 
         if (!segs.empty()) {
@@ -1017,15 +1498,16 @@ static ggml_tensor * view_raw(ggml_context * ctx, ggml_tensor * t) {
 }
 
 bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves) {
-    commit_graph graph(*this, 16*params.n_layer + 16);
+    if (std::all_of(moves.begin(), moves.end(), [](const auto & cur) { return cur.empty(); })) {
+        return true;
+    }
 
-    bool empty = true;
+    commit_graph graph(*this, 16*params.n_layer + 16);
 
     for (uint32_t il = 0; il < params.n_layer; ++il) {
         if (moves[il].empty()) {
             continue;
         }
-        empty = false;
 
         std::vector<int32_t> src;
         std::vector<int64_t> dst;
@@ -1045,119 +1527,144 @@ bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves) {
         }
     }
 
-    return empty || graph.compute("moves of cells");
+    return graph.compute("moves of cells");
 }
 
 //
 // graph_build API
 //
 
-uint32_t llama_kv_cache_lukv::get_n_kept(uint32_t il, uint32_t ih, bool full) const {
-    const auto & head = kv.layers[il].heads[ih];
+uint32_t llama_kv_cache_lukv::get_n_recent_pad(llama_seq_id seq_id) const {
+    if (seq_id < 0) {
+        return n_room_all;
+    }
 
-    return full ? head.n_owned : head.pos.size();
+    const auto & seq = seqs.at(seq_id);
+
+    return std::min<uint32_t>(GGML_PAD(seq.pos_recent.size(), N_RECENT_PAD), seq.n_room);
 }
 
-uint32_t llama_kv_cache_lukv::get_n_kept_max(bool full) const {
+uint32_t llama_kv_cache_lukv::get_n_cells(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
+    return (seq_id < 0 ? get_n_owned(il, ih) : get_seg(seq_id, il, ih).pos.size()) + get_n_recent_pad(seq_id);
+}
+
+uint32_t llama_kv_cache_lukv::get_n_cells_max(llama_seq_id seq_id) const {
     uint32_t res = 0;
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            res = std::max(res, get_n_kept(il, ih, full));
-        }
-    }
+    for_each_head([&](const kv_layer & layer, uint32_t ih, size_t) {
+        res = std::max(res, get_n_cells(seq_id, layer.il, ih));
+    });
     return res;
 }
 
-static ggml_tensor * view_cells(ggml_context * ctx, ggml_tensor * t, uint32_t row, uint32_t n_cells) {
+ggml_tensor * llama_kv_cache_lukv::view_cells(ggml_context * ctx, ggml_tensor * t, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const {
+    const uint32_t row = seq_id < 0 ? get_layer(il).pools[ih].offs : get_seg(seq_id, il, ih).offs;
+
     return ggml_view_3d(ctx, t, t->ne[0], 1, n_cells, t->nb[1], t->nb[1], row*t->nb[1]);
 }
 
-ggml_tensor * llama_kv_cache_lukv::get_k(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const {
-    return view_cells(ctx, kv.layers[il].k, kv.layers[il].heads[ih].offs, n_cells);
+ggml_tensor * llama_kv_cache_lukv::get_k(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const {
+    return view_cells(ctx, get_k(il), seq_id, il, ih, n_cells);
 }
 
-ggml_tensor * llama_kv_cache_lukv::get_v(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const {
-    return view_cells(ctx, kv.layers[il].v, kv.layers[il].heads[ih].offs, n_cells);
+ggml_tensor * llama_kv_cache_lukv::get_v(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const {
+    return view_cells(ctx, get_v(il), seq_id, il, ih, n_cells);
 }
 
-static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * cur, ggml_tensor * idxs, uint32_t il) {
-    const int64_t n_rows = cur->ne[1]*cur->ne[2];
-
+static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * cur, ggml_tensor * idxs) {
     // the heads may be a part of a larger tensor
     if (!ggml_is_contiguous(cur)) {
         cur = ggml_cont(ctx, cur);
     }
 
-    return ggml_set_rows(ctx, dst,
-            ggml_reshape_2d(ctx, cur, cur->ne[0], n_rows),
-            ggml_view_1d(ctx, idxs, n_rows, il*idxs->nb[1]));
+    return ggml_set_rows(ctx, dst, ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]), idxs);
 }
 
-ggml_tensor * llama_kv_cache_lukv::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, uint32_t il) const {
-    return cpy_rows(ctx, kv.layers[il].k, k_cur, idxs, il);
+ggml_tensor * llama_kv_cache_lukv::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, int32_t il) const {
+    return cpy_rows(ctx, get_k(il), k_cur, view_idxs(ctx, idxs, il));
 }
 
-ggml_tensor * llama_kv_cache_lukv::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, uint32_t il) const {
-    return cpy_rows(ctx, kv.layers[il].v, v_cur, idxs, il);
+ggml_tensor * llama_kv_cache_lukv::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, int32_t il) const {
+    return cpy_rows(ctx, get_v(il), v_cur, view_idxs(ctx, idxs, il));
 }
 
-void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, uint32_t n_tokens) const {
+ggml_tensor * llama_kv_cache_lukv::view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const {
+    return ggml_view_1d(ctx, idxs, idxs->ne[0], map_layer_ids.at(il)*idxs->nb[1]);
+}
+
+ggml_tensor * llama_kv_cache_lukv::view_segs(ggml_context * ctx, ggml_tensor * segs, int32_t il) const {
+    return ggml_view_3d(ctx, segs, segs->ne[0], segs->ne[1], segs->ne[2], segs->nb[1], segs->nb[2], map_layer_ids.at(il)*segs->nb[3]);
+}
+
+void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
-    GGML_ASSERT(n_tokens <= pos_recent.size());
+
+    const uint32_t n = ubatch.n_seq_tokens;
 
     int64_t * data = (int64_t *) dst->data;
 
-    const uint32_t i0 = pos_recent.size() - n_tokens;
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        for (llama_seq_id id : seq_ids_of(ubatch)) {
+            const auto & seq = seqs.at(id);
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        for (uint32_t i = 0; i < n_tokens; ++i) {
-            for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-                const auto & head = kv.layers[il].heads[ih];
+            for (uint32_t i = seq.pos_recent.size() - n; i < seq.pos_recent.size(); ++i) {
+                for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                    const auto & seg = seq.segs[l*params.n_head_kv + ih];
 
-                *data++ = head.offs + head.pos.size() + i0 + i;
+                    *data++ = seg.offs + seg.pos.size() + i;
+                }
             }
         }
     }
 }
 
-void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, uint32_t n_recent_pad) const {
+void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
     int32_t * data = (int32_t *) dst->data;
 
-    for (const auto & layer : kv.layers) {
-        for (const auto & head : layer.heads) {
-            *data++ = head.offs;
-            *data++ = head.pos.size() + n_recent_pad;
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        for (llama_seq_id id : seq_ids_of(ubatch)) {
+            const auto & seq = seqs.at(id);
+
+            for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                const auto & seg = seq.segs[l*params.n_head_kv + ih];
+
+                *data++ = seg.offs;
+                *data++ = seg.pos.size() + seq.pos_recent.size();
+            }
         }
     }
 }
 
-void llama_kv_cache_lukv::set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const {
+// recent cells that a token sees: the positions of a sequence ascend
+static uint32_t n_recent_seen(const std::vector<llama_pos> & pos_recent, llama_pos pos, bool causal_attn) {
+    return causal_attn ? std::upper_bound(pos_recent.begin(), pos_recent.end(), pos) - pos_recent.begin() : pos_recent.size();
+}
+
+void llama_kv_cache_lukv::set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
     int32_t * data = (int32_t *) dst->data;
 
-    // the positions of a sequence ascend
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const auto n_seen = causal_attn ?
-            std::upper_bound(pos_recent.begin(), pos_recent.end(), ubatch.pos[i]) - pos_recent.begin() : pos_recent.size();
+        const auto & pos_recent = seqs.at(ubatch.seq_id[i][0]).pos_recent;
 
-        data[i] = get_n_recent_pad(pos_recent.size()) - n_seen;
+        data[i] = pos_recent.size() - n_recent_seen(pos_recent, ubatch.pos[i], cparams.causal_attn);
     }
 }
 
-bool llama_kv_cache_lukv::use_ragged(uint32_t il, uint32_t n_tokens) const {
-    return ops[il].attn && n_tokens <= ops[il].n_tokens_attn;
+uint32_t llama_kv_cache_lukv::n_tokens_ragged() const {
+    uint32_t res = cparams.flash_attn ? n_recent_max : 0;
+    for (const auto & op : ops) {
+        res = op.attn ? std::min(res, op.n_tokens_attn) : 0;
+    }
+    return res;
 }
 
-bool llama_kv_cache_lukv::use_ragged(uint32_t n_tokens) const {
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        if (!use_ragged(il, n_tokens)) {
-            return false;
-        }
-    }
-    return true;
+bool llama_kv_cache_lukv::use_ragged(int32_t il, uint32_t n_tokens) const {
+    const auto & op = ops[map_layer_ids.at(il)];
+
+    return cparams.flash_attn && op.attn && n_tokens <= op.n_tokens_attn;
 }
 
 // orthonormal Walsh-Hadamard matrix
@@ -1180,30 +1687,27 @@ template <typename T>
 static void fill_kq_mask(T * data, int64_t n_cols, const std::vector<llama_pos> & pos_recent, uint32_t n_recent_pad,
         const llama_ubatch & ubatch, bool causal_attn, T visible, T hidden) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        T * row    = data + i*n_cols;
-        T * recent = row  + n_cols - n_recent_pad;
+        T * row  = data + i*n_cols;
+        T * last = row  + n_cols - n_recent_pad + n_recent_seen(pos_recent, ubatch.pos[i], causal_attn);
 
-        std::fill(row,    recent,                visible);
-        std::fill(recent, recent + n_recent_pad, hidden);
-
-        for (uint32_t j = 0; j < pos_recent.size(); ++j) {
-            if (!causal_attn || pos_recent[j] <= ubatch.pos[i]) {
-                recent[j] = visible;
-            }
-        }
+        std::fill(row,  last,         visible);
+        std::fill(last, row + n_cols, hidden);
     }
 }
 
-void llama_kv_cache_lukv::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const {
+void llama_kv_cache_lukv::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const uint32_t n_recent_pad = get_n_recent_pad(pos_recent.size());
+    const llama_seq_id id = ubatch.seq_id[0][0];
+
+    const auto &   pos_recent   = seqs.at(id).pos_recent;
+    const uint32_t n_recent_pad = get_n_recent_pad(id);
 
     if (dst->type == GGML_TYPE_F16) {
-        fill_kq_mask((ggml_fp16_t *) dst->data, dst->ne[0], pos_recent, n_recent_pad, ubatch, causal_attn,
+        fill_kq_mask((ggml_fp16_t *) dst->data, dst->ne[0], pos_recent, n_recent_pad, ubatch, cparams.causal_attn,
                 ggml_fp32_to_fp16(0.0f), ggml_fp32_to_fp16(-INFINITY));
     } else {
-        fill_kq_mask((float *) dst->data, dst->ne[0], pos_recent, n_recent_pad, ubatch, causal_attn, 0.0f, -INFINITY);
+        fill_kq_mask((float *) dst->data, dst->ne[0], pos_recent, n_recent_pad, ubatch, cparams.causal_attn, 0.0f, -INFINITY);
     }
 }
 
@@ -1211,121 +1715,172 @@ void llama_kv_cache_lukv::set_input_kq_mask(ggml_tensor * dst, const llama_ubatc
 // state
 //
 
+// FNV-1a
+uint64_t llama_kv_cache_lukv::hash_table() const {
+    uint64_t res = 0xcbf29ce484222325;
+
+    const auto add = [&](const void * data, size_t size) {
+        for (size_t i = 0; i < size; ++i) {
+            res = (res ^ ((const uint8_t *) data)[i])*0x100000001b3;
+        }
+    };
+    add(params.budget.data(), params.budget.size()*sizeof(float));
+    add(params.metric.data(), params.metric.size());
+    add(&params.sink,   sizeof(params.sink));
+    add(&params.recent, sizeof(params.recent));
+    add(&params.policy, sizeof(params.policy));
+
+    return res;
+}
+
+template <typename T>
+static void write_val(llama_io_write_i & io, const T & val) {
+    io.write(&val, sizeof(val));
+}
+
+template <typename T>
+static T read_val(llama_io_read_i & io) {
+    T val;
+    io.read(&val, sizeof(val));
+    return val;
+}
+
+static void write_pos(llama_io_write_i & io, const std::vector<llama_pos> & pos) {
+    io.write(pos.data(), pos.size()*sizeof(llama_pos));
+}
+
+// positions as they are cached: within the range of the sequence, or a hole
+static std::vector<llama_pos> read_pos(llama_io_read_i & io, uint32_t n, llama_pos pos_min, llama_pos pos_max) {
+    std::vector<llama_pos> res(n);
+    io.read(res.data(), n*sizeof(llama_pos));
+
+    for (llama_pos pos : res) {
+        if (pos != -1 && (pos < pos_min || pos > pos_max)) {
+            throw std::runtime_error(format("it has the position %d, which is not in [%d, %d]", pos, pos_min, pos_max));
+        }
+    }
+    return res;
+}
+
 void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags);
 
-    const auto write_u32 = [&](uint32_t val) { io.write(&val, sizeof(val)); };
+    write_val<uint32_t>(io, STATE_MAGIC);
+    write_val<uint32_t>(io, params.n_layer);
+    write_val<uint32_t>(io, params.n_head_kv);
+    write_val<uint32_t>(io, type_k);
+    write_val<uint32_t>(io, type_v);
+    write_val<uint64_t>(io, hash_table());
+    write_val<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
 
-    const bool empty = seq_id > 0 || pos_max < 0;
-
-    write_u32(STATE_MAGIC);
-    write_u32(params.n_layer);
-    write_u32(params.n_head_kv);
-    write_u32(type_k);
-    write_u32(type_v);
-    write_u32(empty ? -1 : pos_min);
-    write_u32(empty ? -1 : pos_max);
-    write_u32(prefill_done);
-
-    if (empty) {
-        return;
-    }
-
-    const uint32_t n_recent = pos_recent.size();
-
-    write_u32(n_recent);
-    io.write(pos_recent.data(), n_recent*sizeof(llama_pos));
-
-    for (const auto & layer : kv.layers) {
-        for (const auto & head : layer.heads) {
-            const uint32_t n_kept = head.pos.size();
-
-            write_u32(n_kept);
-            io.write(head.pos.data(), n_kept*sizeof(llama_pos));
-
-            for (ggml_tensor * t : { layer.k, layer.v }) {
-                io.write_tensor(t, head.offs*t->nb[1], (n_kept + n_recent)*t->nb[1]);
-            }
+    for (const auto & [id, seq] : seqs) {
+        if (seq_id >= 0 && id != seq_id) {
+            continue;
         }
+
+        write_val(io, id);
+        write_val(io, seq.pos_min);
+        write_val(io, seq.pos_max);
+        write_val<uint32_t>(io, seq.prefill_done);
+
+        write_val<uint32_t>(io, seq.pos_recent.size());
+        write_pos(io, seq.pos_recent);
+
+        // all that decides where the cells go comes before them
+        for (const auto & seg : seq.segs) {
+            write_val<uint32_t>(io, seg.pos.size());
+            write_pos(io, seg.pos);
+        }
+
+        const auto n_cells = n_cells_of(seq);
+
+        for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+            for (ggml_tensor * t : { layer.k, layer.v }) {
+                io.write_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+            }
+        });
     }
 }
 
 void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(seq_id);
     GGML_UNUSED(flags);
 
-    clear(false);
+    seq_rm(seq_id, -1, -1);
 
-    if (!state_read_impl(io)) {
+    try {
+        if (read_val<uint32_t>(io) != STATE_MAGIC) {
+            throw std::runtime_error("it was saved without LU-KV, or by another version of it");
+        }
+        if (read_val<uint32_t>(io) != params.n_layer || read_val<uint32_t>(io) != params.n_head_kv ||
+                read_val<uint32_t>(io) != (uint32_t) type_k || read_val<uint32_t>(io) != (uint32_t) type_v) {
+            throw std::runtime_error("it was saved for another model or another type of the KV cache");
+        }
+        if (read_val<uint64_t>(io) != hash_table()) {
+            throw std::runtime_error("it was saved with another table of budgets: use the ratio, policy and metric that it was saved with");
+        }
+
+        const uint32_t n_seqs = read_val<uint32_t>(io);
+        if (n_seqs > (seq_id < 0 ? n_seq_max : 1) || seqs.size() + n_seqs > n_seq_max) {
+            throw std::runtime_error(format("it has %u sequences, but there is room for %zu", n_seqs, n_seq_max - seqs.size()));
+        }
+
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            const llama_seq_id id = read_val<llama_seq_id>(io);
+
+            state_read_seq(io, seq_id < 0 ? id : seq_id);
+        }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: the state cannot be restored: %s\n", __func__, err.what());
+
         io.discard();
-        clear(false);
+        seq_rm(seq_id, -1, -1);
+
         throw std::runtime_error("failed to restore kv cache");
     }
 }
 
-bool llama_kv_cache_lukv::state_read_impl(llama_io_read_i & io) {
-    const auto read_u32 = [&]() { uint32_t val; io.read(&val, sizeof(val)); return val; };
+void llama_kv_cache_lukv::state_read_seq(llama_io_read_i & io, llama_seq_id seq_id) {
+    kv_seq seq;
+    seq.pos_min      = read_val<llama_pos>(io);
+    seq.pos_max      = read_val<llama_pos>(io);
+    seq.prefill_done = read_val<uint32_t>(io);
+    seq.has_holes    = true; // perhaps
+    seq.segs.resize(n_heads());
 
-    if (read_u32() != STATE_MAGIC) {
-        LLAMA_LOG_ERROR("%s: the state was saved without LU-KV, it cannot be restored with it\n", __func__);
-        return false;
+    // no sequence has more cells for a head than there are tokens
+    const int64_t n_max = int64_t(seq.pos_max) - seq.pos_min + 1;
+    if (seq_id < 0 || seqs.count(seq_id) > 0 || seq.pos_min < 0 || n_max <= 0) {
+        throw std::runtime_error("it is damaged");
     }
-
-    if (read_u32() != params.n_layer || read_u32() != params.n_head_kv || read_u32() != (uint32_t) type_k || read_u32() != (uint32_t) type_v) {
-        LLAMA_LOG_ERROR("%s: the state was saved for another model or another type of the KV cache\n", __func__);
-        return false;
-    }
-
-    const llama_pos p_min = read_u32();
-    const llama_pos p_max = read_u32();
-
-    const bool done = read_u32();
-
-    if (p_max < 0) {
-        return true;
-    }
-
-    if (done) {
-        if (params.policy != LLAMA_LUKV_POLICY_PREFILL) {
-            LLAMA_LOG_ERROR("%s: the state was saved under another policy\n", __func__);
-            return false;
+    const auto read_n = [&]() {
+        const uint32_t n = read_val<uint32_t>(io);
+        if (n > n_max) {
+            throw std::runtime_error(format("it has %u cells for %" PRId64 " tokens", n, n_max));
         }
+        return n;
+    };
+
+    const uint32_t n_recent = read_n();
+    seq.pos_recent = read_pos(io, n_recent, seq.pos_min, seq.pos_max);
+
+    std::vector<std::vector<llama_pos>> pos;
+    for (size_t i = 0; i < n_heads(); ++i) {
+        const uint32_t n_kept = read_n();
+        pos.push_back(read_pos(io, n_kept, seq.pos_min, seq.pos_max));
     }
 
-    const uint32_t n_recent = read_u32();
-    if (n_recent > n_recent_max) {
-        LLAMA_LOG_ERROR("%s: the state has %u recent tokens, but there is room for %u: use the n_ubatch that it was saved with\n", __func__, n_recent, n_recent_max);
-        return false;
+    if (!add_seq(seq_id, std::move(seq), pos)) {
+        throw std::runtime_error("there is no memory for it");
     }
 
-    pos_recent.resize(n_recent);
-    io.read(pos_recent.data(), n_recent*sizeof(llama_pos));
+    const auto & res     = seqs.at(seq_id);
+    const auto   n_cells = n_cells_of(res);
 
-    for (auto & layer : kv.layers) {
-        for (auto & head : layer.heads) {
-            const uint32_t n_kept = read_u32();
-            if (n_kept > head.n_owned) {
-                LLAMA_LOG_ERROR("%s: the state has more cells for a head than it owns (%u > %u): use the ratio and n_ctx that it was saved with\n", __func__, n_kept, head.n_owned);
-                return false;
-            }
-
-            head.pos.resize(n_kept);
-            io.read(head.pos.data(), n_kept*sizeof(llama_pos));
-
-            for (ggml_tensor * t : { layer.k, layer.v }) {
-                io.read_tensor(t, head.offs*t->nb[1], (n_kept + n_recent)*t->nb[1]);
-            }
+    for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+        for (ggml_tensor * t : { layer.k, layer.v }) {
+            io.read_tensor(t, res.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
         }
-    }
-
-    pos_min = p_min;
-    pos_max = p_max;
-
-    prefill_done = done;
-
-    has_holes = true; // perhaps
-
-    return true;
+    });
 }
 
 //
@@ -1335,7 +1890,7 @@ bool llama_kv_cache_lukv::state_read_impl(llama_io_read_i & io) {
 llama_kv_cache_lukv_context::llama_kv_cache_lukv_context(llama_memory_status status) : status(status) {}
 
 llama_kv_cache_lukv_context::llama_kv_cache_lukv_context(llama_kv_cache_lukv * kv) :
-    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), full(true) {}
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv) {}
 
 llama_kv_cache_lukv_context::llama_kv_cache_lukv_context(llama_kv_cache_lukv * kv, std::vector<llama_ubatch> ubatches) :
     status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), ubatches(std::move(ubatches)) {}
@@ -1357,9 +1912,8 @@ const llama_ubatch & llama_kv_cache_lukv_context::get_ubatch() const {
     return ubatches[i_cur];
 }
 
-uint32_t llama_kv_cache_lukv_context::get_n_recent_pad(uint32_t n_tokens) const {
-    // the tokens of the ubatch are recent already when the graph is built
-    return full ? kv->get_n_recent_max() : kv->get_n_recent_pad(std::max(kv->get_n_recent(), n_tokens));
+llama_seq_id llama_kv_cache_lukv_context::get_seq_id() const {
+    return ubatches.empty() ? -1 : ubatches[i_cur].seq_id[0][0];
 }
 
 //
@@ -1377,17 +1931,17 @@ llm_graph_input_attn_kv_lukv::llm_graph_input_attn_kv_lukv(
 void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
     const auto * kv = mctx_lukv->get_kv();
 
-    kv->set_input_idxs(self_idxs, ubatch->n_tokens);
+    kv->set_input_idxs(self_idxs, *ubatch);
 
     // where the attention is computed head by head
     if (self_kq_mask && self_kq_mask->buffer) {
-        kv->set_input_kq_mask(self_kq_mask, *ubatch, cparams.causal_attn);
+        kv->set_input_kq_mask(self_kq_mask, *ubatch);
     }
 
     // where it is computed for all heads together
     if (self_segs->buffer) {
-        kv->set_input_segs    (self_segs, n_recent_pad);
-        kv->set_input_n_hidden(self_n_hidden, *ubatch, cparams.causal_attn);
+        kv->set_input_segs    (self_segs,     *ubatch);
+        kv->set_input_n_hidden(self_n_hidden, *ubatch);
     }
 
     for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
@@ -1398,14 +1952,19 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
 }
 
 bool llm_graph_input_attn_kv_lukv::can_reuse(const llm_graph_params & params) {
-    mctx_lukv = static_cast<const llama_kv_cache_lukv_context *>(params.mctx);
+    return can_reuse(static_cast<const llama_kv_cache_lukv_context *>(params.mctx), params.ubatch);
+}
 
-    const auto * kv = mctx_lukv->get_kv();
+bool llm_graph_input_attn_kv_lukv::can_reuse(const llama_kv_cache_lukv_context * mctx, const llama_ubatch & ubatch) {
+    mctx_lukv = mctx;
 
-    return self_n_hidden->ne[0] == params.ubatch.n_tokens &&
+    const auto * kv = mctx->get_kv();
+
+    const llama_seq_id id = mctx->get_seq_id();
+
+    return self_n_hidden->ne[0] == ubatch.n_tokens && self_segs->ne[2] == ubatch.n_seqs &&
         version_alloc == kv->get_version_alloc() &&
-        (ragged || version == kv->get_version()) &&
-        n_recent_pad == mctx_lukv->get_n_recent_pad(params.ubatch.n_tokens);
+        (ragged || (seq_id == id && version == kv->get_version() && n_recent_pad == kv->get_n_recent_pad(id)));
 }
 
 ggml_tensor * llm_graph_input_attn_kv_lukv::on_device(const llm_graph_context & gctx, ggml_tensor * input, int il) const {
@@ -1432,16 +1991,19 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
 
     auto inp = std::make_unique<llm_graph_input_attn_kv_lukv>(hparams, cparams, mctx);
 
+    const uint32_t n_head_kv = kv->get_params().n_head_kv;
+
     inp->version       = kv->get_version();
     inp->version_alloc = kv->get_version_alloc();
-    inp->n_recent_pad  = mctx->get_n_recent_pad(ubatch.n_tokens);
-    inp->ragged        = cparams.flash_attn && kv->use_ragged(ubatch.n_tokens);
+    inp->seq_id        = mctx->get_seq_id();
+    inp->n_recent_pad  = kv->get_n_recent_pad(inp->seq_id);
+    inp->ragged        = ubatch.n_tokens <= kv->n_tokens_ragged();
 
-    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, kv->get_params().n_head_kv*ubatch.n_tokens, kv->get_params().n_layer);
+    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_head_kv*ubatch.n_tokens, kv->get_n_layer());
     ggml_set_input(inp->self_idxs);
     ggml_set_name (inp->self_idxs, "attn_inp_idxs_lukv");
 
-    inp->self_segs = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, 2, kv->get_params().n_head_kv, kv->get_params().n_layer);
+    inp->self_segs = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, 2, n_head_kv, ubatch.n_seqs, kv->get_n_layer());
     ggml_set_input(inp->self_segs);
     ggml_set_name (inp->self_segs, "attn_inp_segs_lukv");
 
@@ -1452,7 +2014,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     if (!inp->ragged) {
         // flash attention requires an f16 mask
         inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
-                inp->n_recent_pad + kv->get_n_kept_max(mctx->is_full()), ubatch.n_tokens);
+                kv->get_n_cells_max(inp->seq_id), ubatch.n_tokens);
         ggml_set_input(inp->self_kq_mask);
         ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
     }
@@ -1492,11 +2054,10 @@ ggml_tensor * build_attn_lukv(
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
     const int64_t  n_gqa     = q_cur->ne[1]/n_head_kv;
 
-    if (gctx.cparams.flash_attn && kv->use_ragged(il, gctx.n_tokens)) {
-        ggml_tensor * segs = inp->on_device(gctx, inp->self_segs, il);
+    if (kv->use_ragged(il, gctx.n_tokens)) {
+        ggml_tensor * segs = kv->view_segs(ctx0, inp->on_device(gctx, inp->self_segs, il), il);
 
-        ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il),
-                ggml_view_2d(ctx0, segs, segs->ne[0], segs->ne[1], segs->nb[1], il*segs->nb[2]), inp->self_n_hidden,
+        ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il), segs, inp->self_n_hidden,
                 sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
 
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
@@ -1508,11 +2069,11 @@ ggml_tensor * build_attn_lukv(
     std::vector<ggml_tensor *> outs;
 
     for (uint32_t ih = 0; ih < n_head_kv; ++ih) {
-        const uint32_t n_cells = kv->get_n_kept(il, ih, inp->mctx_lukv->is_full()) + inp->n_recent_pad;
+        const uint32_t n_cells = kv->get_n_cells(inp->seq_id, il, ih);
 
         ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n_gqa, q_cur->ne[2], q_cur->nb[1], q_cur->nb[2], ih*n_gqa*q_cur->nb[1]);
-        ggml_tensor * k = kv->get_k(ctx0, il, ih, n_cells);
-        ggml_tensor * v = kv->get_v(ctx0, il, ih, n_cells);
+        ggml_tensor * k = kv->get_k(ctx0, inp->seq_id, il, ih, n_cells);
+        ggml_tensor * v = kv->get_v(ctx0, inp->seq_id, il, ih, n_cells);
 
         // the last columns of the mask
         ggml_tensor * kq_mask = inp->on_device(gctx, inp->self_kq_mask, il);
@@ -1536,7 +2097,7 @@ ggml_tensor * build_attn_lukv(
 // memory
 //
 
-static std::string lukv_unsupported(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+static std::string lukv_unsupported(const llama_model & model, const llama_memory_params & params) {
     const auto & hparams = model.hparams;
 
     switch (model.arch) {
@@ -1559,9 +2120,6 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
             return format("the architecture %s is not supported yet", llm_arch_name(model.arch));
     }
 
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "sliding-window attention is not supported yet";
-    }
     if (hparams.use_alibi || hparams.n_pos_per_embd() > 1 || hparams.n_layer_nextn > 0 || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "this kind of model or context is not supported";
     }
@@ -1573,10 +2131,6 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
     if (hparams.n_embd_head_k() % ggml_blck_size(params.type_k) != 0 || hparams.n_embd_head_v() % ggml_blck_size(params.type_v) != 0) {
         return format("heads of the size %u cannot be stored as %s and %s", hparams.n_embd_head_k(), ggml_type_name(params.type_k), ggml_type_name(params.type_v));
     }
-    if (cparams.n_seq_max > 1) {
-        return format("%u parallel sequences are not supported yet, use 1 (--parallel 1)", cparams.n_seq_max);
-    }
-
     return "";
 }
 
@@ -1585,13 +2139,17 @@ llama_memory_i * llama_lukv_create_memory(const llama_model & model, const llama
         return nullptr;
     }
 
-    const std::string reason = lukv_unsupported(model, params, cparams);
+    const std::string reason = lukv_unsupported(model, params);
     if (!reason.empty()) {
         LLAMA_LOG_WARN("%s: LU-KV is off, the KV cache has its full size: %s\n", __func__, reason.c_str());
         return nullptr;
     }
 
-    return new llama_kv_cache_lukv(model, *model.lukv, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_ctx_seq, cparams.n_ubatch);
+    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return new llama_kv_cache_lukv_iswa(model, cparams, *model.lukv, params.type_k, params.type_v, params.swa_full);
+    }
+
+    return new llama_kv_cache_lukv(model, cparams, *model.lukv, params.type_k, params.type_v, cparams.n_ctx, nullptr);
 }
 
 //
@@ -1599,11 +2157,14 @@ llama_memory_i * llama_lukv_create_memory(const llama_model & model, const llama
 //
 
 static llama_kv_cache_lukv * get_lukv(const llama_context * ctx) {
+    if (auto * kv = dynamic_cast<llama_kv_cache_lukv_iswa *>(ctx->get_memory())) {
+        return kv->get_base();
+    }
     return dynamic_cast<llama_kv_cache_lukv *>(ctx->get_memory());
 }
 
 static bool has_head(const llama_kv_cache_lukv * kv, int32_t il, int32_t ih) {
-    return kv && il >= 0 && ih >= 0 && il < (int32_t) kv->get_params().n_layer && ih < (int32_t) kv->get_params().n_head_kv;
+    return kv && kv->has_layer(il) && ih >= 0 && ih < (int32_t) kv->get_params().n_head_kv;
 }
 
 bool llama_lukv_enabled(const llama_context * ctx) {
@@ -1622,14 +2183,17 @@ uint64_t llama_lukv_memory_size(const llama_context * ctx) {
     return res;
 }
 
-int32_t llama_lukv_n_layer(const llama_context * ctx) {
+uint64_t llama_lukv_memory_size_full(const llama_context * ctx) {
     const auto * kv = get_lukv(ctx);
-    return kv ? kv->get_params().n_layer : 0;
+    return kv ? llama_lukv_memory_size(ctx) - kv->size() + kv->size_stock() : llama_lukv_memory_size(ctx);
+}
+
+int32_t llama_lukv_n_layer(const llama_context * ctx) {
+    return get_lukv(ctx) ? ctx->get_model().lukv->n_layer : 0;
 }
 
 int32_t llama_lukv_n_head_kv(const llama_context * ctx) {
-    const auto * kv = get_lukv(ctx);
-    return kv ? kv->get_params().n_head_kv : 0;
+    return get_lukv(ctx) ? ctx->get_model().lukv->n_head_kv : 0;
 }
 
 float llama_lukv_ratio(const llama_context * ctx) {
@@ -1637,14 +2201,24 @@ float llama_lukv_ratio(const llama_context * ctx) {
     return kv ? kv->get_params().ratio : 0.0f;
 }
 
+bool llama_lukv_is_bounded(const llama_context * ctx) {
+    const auto * kv = get_lukv(ctx);
+    return kv && kv->get_params().policy == LLAMA_LUKV_POLICY_CAPACITY;
+}
+
 int32_t llama_lukv_n_cells_recent(const llama_context * ctx) {
     const auto * kv = get_lukv(ctx);
-    return kv ? kv->get_n_recent_max() : 0;
+    return kv ? kv->get_n_room() : 0;
 }
 
 int64_t llama_lukv_n_evictions(const llama_context * ctx) {
     const auto * kv = get_lukv(ctx);
     return kv ? kv->get_n_evictions() : 0;
+}
+
+int64_t llama_lukv_n_evicted(const llama_context * ctx) {
+    const auto * kv = get_lukv(ctx);
+    return kv ? kv->get_n_evicted() : 0;
 }
 
 int32_t llama_lukv_n_cells_owned(const llama_context * ctx, int32_t il, int32_t ih) {
@@ -1657,13 +2231,23 @@ int32_t llama_lukv_n_cells_used(const llama_context * ctx, int32_t il, int32_t i
     return has_head(kv, il, ih) ? kv->get_n_used(il, ih) : -1;
 }
 
-int32_t llama_lukv_get_positions(const llama_context * ctx, int32_t il, int32_t ih, llama_pos * res, int32_t n_max) {
+int32_t llama_lukv_seq_n_cells_owned(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih) {
+    const auto * kv = get_lukv(ctx);
+    return has_head(kv, il, ih) ? kv->get_n_owned(seq_id, il, ih) : -1;
+}
+
+int32_t llama_lukv_seq_n_cells_used(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih) {
+    const auto * kv = get_lukv(ctx);
+    return has_head(kv, il, ih) ? kv->get_n_used(seq_id, il, ih) : -1;
+}
+
+int32_t llama_lukv_seq_get_positions(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * res, int32_t n_max) {
     const auto * kv = get_lukv(ctx);
     if (!has_head(kv, il, ih)) {
         return -1;
     }
 
-    const auto pos = kv->get_positions(il, ih);
+    const auto pos = kv->get_positions(seq_id, il, ih);
     if (res) {
         std::copy_n(pos.begin(), std::min<size_t>(pos.size(), std::max(n_max, 0)), res);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-batch.h"
+#include "llama-cparams.h"
 #include "llama-graph.h"
 #include "llama-lukv-params.h"
 #include "llama-memory.h"
@@ -9,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 struct llama_model;
@@ -21,33 +23,38 @@ struct llama_context;
 // KV cache in which every KV head owns a number of cells of its own
 // ref: https://arxiv.org/abs/2602.08585
 //
-// K (and likewise V) of a layer is one flat tensor of cells. Each head has a segment of n_owned + n_recent_max rows in it:
+// K (and likewise V) of a layer is one flat tensor of cells. Each head has a pool of its rows, and each sequence that holds
+// tokens has a segment of that pool:
 //
-//     row:   offs                          offs + n_kept
+//     row:   offs                          offs + n_kept                     offs + n_rows
 //            | k0 k1 k2 ...                | r0 r1 r2 ...           |  free  |
 //            '------------ kept -----------'-------- recent --------'
 //
-//   - kept: at most n_owned. Every token of a batch can see them. Their order does not matter: it is that of the tokens
+//   - kept: at most n_owned. Every token of the sequence can see them. Their order does not matter: it is that of the tokens
 //     until the first eviction
-//   - recent: the tokens since the last commit, at most n_recent_max, oldest first. Their number is the same for all
-//     heads, hence one mask serves all heads and layers: each head reads as many of its last columns as it has cells
+//   - recent: the tokens since the last commit, at most n_room, oldest first. Their number is the same for all heads,
+//     hence one mask serves all heads and layers: each head reads as many of its last columns as it has cells
 //
 // A commit turns the recent cells into kept ones. Where they do not fit, the metric decides which cells stay, and the
 // recent cells that stay move to the places of those that go: the cost is in the number of new tokens.
 // It runs between two graphs: every query of the last ubatch has seen the cells that are evicted.
 //
+// The sequences share the kv_size tokens that the budgets are for, in proportion to their lengths: each has a quota of them,
+// and its heads own what the budgets give them of the quota. As long as all sequences together are no longer than kv_size,
+// none keeps less than its budget. A sequence that is alone has everything.
+//
 class llama_kv_cache_lukv : public llama_memory_i {
 public:
     llama_kv_cache_lukv(
             const llama_model       & model,
+            const llama_cparams     & cparams,
             const llama_lukv_params & params,
             ggml_type type_k,
             ggml_type type_v,
-                 bool offload,
              uint32_t kv_size,
-             uint32_t n_ubatch);
+      const layer_filter_cb & filter);
 
-    ~llama_kv_cache_lukv() = default;
+    ~llama_kv_cache_lukv();
 
     //
     // llama_memory_i
@@ -88,17 +95,36 @@ public:
 
     const llama_lukv_params & get_params() const { return params; }
 
-    uint32_t get_n_recent_max() const { return n_recent_max; }
+    // layers of the model that have cells here
+    bool     has_layer  (int32_t il) const { return map_layer_ids.count(il) > 0; }
+    uint32_t get_n_layer()           const { return kv.layers.size(); }
+
+    // cells of a head for the tokens in flight
+    uint32_t get_n_room() const { return n_room_all; }
     int64_t  get_n_evictions()  const { return n_evictions; }
+    int64_t  get_n_evicted()    const { return n_evicted; } // cells
 
-    uint32_t get_n_owned(uint32_t il, uint32_t ih) const;
-    uint32_t get_n_used (uint32_t il, uint32_t ih) const;
+    // bytes of K and V: allocated, and those of a cache that keeps everything
+    uint64_t size() const { return kv.size(); }
+    uint64_t size_stock() const;
 
-    // positions that a head can attend to, ascending
-    std::vector<llama_pos> get_positions(uint32_t il, uint32_t ih) const;
+    // of all sequences together. il is a layer of the model
+    uint32_t get_n_owned(int32_t il, uint32_t ih) const;
+    uint32_t get_n_used (int32_t il, uint32_t ih) const;
 
-    // bring every head down to its budget. nothing changes if it fails
+    // of one sequence
+    uint32_t get_n_owned(llama_seq_id seq_id, int32_t il, uint32_t ih) const;
+    uint32_t get_n_used (llama_seq_id seq_id, int32_t il, uint32_t ih) const;
+
+    // positions that a head of a sequence can attend to, ascending
+    std::vector<llama_pos> get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const;
+
+    // bring every head of every sequence down to its budget. nothing changes if it fails
     bool commit(llama_context * lctx);
+
+    // ubatches that this cache can take: tokens of one sequence, or as many of several ones.
+    // empty if the batch does not fit
+    std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch) const;
 
     // make room for the ubatch and account for its tokens as recent
     bool apply_ubatch(const llama_ubatch & ubatch);
@@ -117,61 +143,95 @@ public:
     uint32_t get_rot_k() const { return rot_k; }
     uint32_t get_rot_v() const { return rot_v; }
 
-    // recent cells that a graph reads, n_recent of them in use
-    uint32_t get_n_recent_pad(uint32_t n_recent) const;
+    // seq_id < 0: as if all cells that the head has were in use. the recent ones are padded, so that a graph can be reused
+    uint32_t get_n_cells     (llama_seq_id seq_id, int32_t il, uint32_t ih) const;
+    uint32_t get_n_cells_max (llama_seq_id seq_id) const;
+    uint32_t get_n_recent_pad(llama_seq_id seq_id) const;
 
-    uint32_t get_n_recent() const { return pos_recent.size(); }
-
-    // full - as if all cells that the head owns were in use
-    uint32_t get_n_kept    (uint32_t il, uint32_t ih, bool full) const;
-    uint32_t get_n_kept_max(                          bool full) const;
-
-    // the first n_cells cells of a head: [n_embd_head, 1, n_cells]
-    ggml_tensor * get_k(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const;
-    ggml_tensor * get_v(ggml_context * ctx, uint32_t il, uint32_t ih, uint32_t n_cells) const;
+    // the first n_cells cells of a head of a sequence: [n_embd_head, 1, n_cells]
+    ggml_tensor * get_k(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
+    ggml_tensor * get_v(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
 
     // the cells of all heads: [n_embd_head, n_rows]
-    ggml_tensor * get_k(uint32_t il) const { return kv.layers[il].k; }
-    ggml_tensor * get_v(uint32_t il) const { return kv.layers[il].v; }
+    ggml_tensor * get_k(int32_t il) const { return get_layer(il).k; }
+    ggml_tensor * get_v(int32_t il) const { return get_layer(il).v; }
 
-    // where the cells of a layer are
-    ggml_backend_dev_t get_dev(uint32_t il) const;
+    // where the cells of a layer of the model are
+    ggml_backend_dev_t get_dev(int32_t il) const;
 
-    // true if the attention of a layer, or of all layers, is computed by one op for all heads
-    bool use_ragged(uint32_t il, uint32_t n_tokens) const;
-    bool use_ragged(uint32_t n_tokens) const;
+    // true if the attention of a layer is computed by one op for all heads
+    bool use_ragged(int32_t il, uint32_t n_tokens) const;
 
-    // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens]
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, uint32_t il) const;
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, uint32_t il) const;
+    // tokens of a ubatch for which that is so for all layers, at most
+    uint32_t n_tokens_ragged() const;
 
-    // rows of the last n_tokens recent tokens: I64 [n_head_kv*n_tokens, n_layer]
-    void set_input_idxs(ggml_tensor * dst, uint32_t n_tokens) const;
+    // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens, n_layer]
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, int32_t il) const;
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, int32_t il) const;
 
-    // first row and number of cells of each head: I32 [2, n_head_kv, n_layer]
-    void set_input_segs(ggml_tensor * dst, uint32_t n_recent_pad) const;
+    // the part of an input that belongs to a layer
+    ggml_tensor * view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const;
+    ggml_tensor * view_segs(ggml_context * ctx, ggml_tensor * segs, int32_t il) const;
 
-    // recent cells, unused ones included, that each token does not see: I32 [n_tokens]
-    void set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const;
+    // rows of the tokens of the ubatch, which are the last recent ones: I64 [n_head_kv*n_tokens, n_layer]
+    void set_input_idxs(ggml_tensor * dst, const llama_ubatch & ubatch) const;
 
-    // F16/F32 [n_kept_max + n_recent_pad, n_tokens]
-    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal_attn) const;
+    // first row and number of cells of each head: I32 [2, n_head_kv, n_seqs, n_layer]
+    void set_input_segs(ggml_tensor * dst, const llama_ubatch & ubatch) const;
+
+    // recent cells that each token does not see: I32 [n_tokens]
+    void set_input_n_hidden(ggml_tensor * dst, const llama_ubatch & ubatch) const;
+
+    // of a ubatch with one sequence: F16/F32 [n_cells_max, n_tokens]
+    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch) const;
 
     static void set_input_rot(ggml_tensor * dst);
 
 private:
-    struct kv_head {
-        uint32_t offs    = 0; // first row of the segment
+    // what a head has of the rows of its layer, for all sequences
+    struct kv_pool {
+        uint32_t offs    = 0; // first row
+        uint32_t n_rows  = 0;
+        uint32_t n_owned = 0; // kept cells of all sequences, by the budget
+    };
+
+    struct kv_layer {
+        uint32_t il; // in the model
+
+        ggml_tensor * k; // [n_embd_head_k, n_rows]
+        ggml_tensor * v; // [n_embd_head_v, n_rows]
+
+        std::vector<kv_pool> pools; // per head
+    };
+
+    struct kv_segment {
+        uint32_t offs    = 0; // first row
         uint32_t n_owned = 0; // kept cells at most
 
         std::vector<llama_pos> pos; // of the kept cells, -1 for a hole that is left to be filled
     };
 
-    struct kv_layer {
-        ggml_tensor * k; // [n_embd_head_k, n_rows]
-        ggml_tensor * v; // [n_embd_head_v, n_rows]
+    struct kv_seq {
+        llama_pos pos_min = -1;
+        llama_pos pos_max = -1;
 
-        std::vector<kv_head> heads;
+        uint32_t quota  = 0; // tokens that the segments are for
+        uint32_t n_room = 0; // recent cells at most
+
+        std::vector<llama_pos>  pos_recent; // oldest first, -1 for a hole
+        std::vector<kv_segment> segs;       // per head, layer-major
+
+        bool has_holes    = false; // some of the positions are -1
+        bool prefill_done = false; // policy prefill: the prompt has been evicted, from now on everything is kept
+
+        uint32_t n_tokens() const { return pos_max < 0 ? 0 : pos_max - pos_min + 1; }
+    };
+
+    // kept cells of a sequence that stay, at most, per head
+    struct eviction {
+        kv_seq * seq;
+
+        std::vector<uint32_t> n_keep;
     };
 
     // a row of a layer to be copied within K and V
@@ -181,6 +241,9 @@ private:
     };
 
     using cell_moves = std::vector<std::vector<cell_move>>; // per layer
+
+    using seq_ids_t = std::vector<llama_seq_id>;
+    using n_cells_t = std::map<llama_seq_id, std::vector<uint32_t>>; // per head
 
     struct kv_storage {
         std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
@@ -199,17 +262,21 @@ private:
     };
 
     class commit_graph;
+    class row_copier;
 
-    const llama_model & model;
+    const llama_model   & model;
+    const llama_cparams & cparams;
 
-    const llama_lukv_params params;
+    llama_lukv_params params; // of the layers here
 
     const ggml_type type_k;
     const ggml_type type_v;
 
-    const bool     offload;
     const uint32_t kv_size;
+    const uint32_t n_seq_max;
     const uint32_t n_recent_max;
+
+    const uint32_t n_room_all; // rows of each pool for recent cells
 
     const uint32_t rot_k;
     const uint32_t rot_v;
@@ -218,19 +285,18 @@ private:
 
     kv_storage kv;
 
-    std::vector<llama_pos> pos_recent; // oldest first, -1 for a hole
+    std::unordered_map<int32_t, int32_t> map_layer_ids; // layers of the model to those here
 
-    llama_pos pos_min = -1;
-    llama_pos pos_max = -1;
+    std::map<llama_seq_id, kv_seq> seqs; // those that hold tokens
 
-    bool has_holes = false; // some of the positions above, or of the kept cells, are -1
+    // the segments have other sizes than the quotas give them: put right with the next ubatch
+    bool is_provisional = false;
 
-    // policy prefill: the prompt has been evicted, from now on everything is kept
-    bool prefill_done = false;
+    int64_t n_tokens_all = 0;
+    int64_t n_evictions  = 0;
+    int64_t n_evicted    = 0;
 
-    int64_t  n_evictions = 0;
-    uint64_t version     = 0;
-
+    uint64_t version       = 0;
     uint64_t version_alloc = 0;
 
     // the context that computes the commits, known from the first batch on
@@ -239,33 +305,72 @@ private:
     ggml_backend_sched_ptr sched;
     size_t                 sched_max_nodes = 0;
 
-    layer_ops get_ops(uint32_t il) const;
+    const kv_layer   & get_layer(int32_t il) const { return kv.layers[map_layer_ids.at(il)]; }
+    const kv_segment & get_seg(llama_seq_id seq_id, int32_t il, uint32_t ih) const;
 
-    kv_storage alloc(const std::vector<uint32_t> & n_owned) const;
+    size_t n_heads() const { return kv.layers.size()*params.n_head_kv; }
 
-    // replace the cells by such with n_owned cells per head, which has to suffice for those in use
-    bool resize(const std::vector<uint32_t> & n_owned);
+    layer_ops get_ops(int32_t il) const;
 
-    // cells per head: at the start, and those owned now plus n
-    std::vector<uint32_t> n_owned_init() const;
-    std::vector<uint32_t> n_owned_plus(uint32_t n) const;
+    // the sequences of a ubatch, each has as many tokens
+    static seq_ids_t seq_ids_of(const llama_ubatch & ubatch);
 
-    // turn the recent cells into kept ones. afterwards head i keeps at most n_keep[i] cells
-    bool evict(const std::vector<uint32_t> & n_keep);
+    // calls f(layer, head, index of the head)
+    template <typename F> void for_each_head(const F & f) const;
+
+    // n_rows, n_owned - per head
+    kv_storage alloc(const std::vector<uint32_t> & n_rows, const std::vector<uint32_t> & n_owned) const;
+
+    // the tokens of kv_size that each sequence may have the budget of, with n more tokens for some of them
+    std::map<llama_seq_id, uint32_t> get_quotas(const seq_ids_t & ids, uint32_t n) const;
+
+    // true if the sequence is to get a larger quota rather than to evict within the one that it has
+    bool wants_quota(const kv_seq & seq, uint32_t quota_new) const;
+
+    // kept and recent cells of a sequence, per head, holes included
+    std::vector<uint32_t> n_cells_of(const kv_seq & seq) const;
+
+    // kept cells that each sequence may have
+    n_cells_t n_owned_of(const std::map<llama_seq_id, uint32_t> & quotas) const;
+
+    // the same for a sequence that is alone, and with what several ones need at the least
+    std::vector<uint32_t> n_owned_all() const;
+    std::vector<uint32_t> n_kept_all () const;
+
+    // rows of the pools: what the budgets give, and more where the sequences need more
+    std::vector<uint32_t> n_rows_of(const n_cells_t & n_owned, const std::map<llama_seq_id, uint32_t> & n_room) const;
+
+    // share the rows out among the sequences, for a ubatch with n tokens for each of the sequences ids
+    bool rebalance(const seq_ids_t & ids, uint32_t n);
+
+    // a new sequence whose kept cells have the positions pos, per head. nothing is evicted: the pools grow if they have to
+    bool add_seq(llama_seq_id seq_id, kv_seq seq, const std::vector<std::vector<llama_pos>> & pos);
+
+    // give the segments n_owned + n_room rows each and move the cells there
+    bool set_layout(const n_cells_t & n_owned, const std::map<llama_seq_id, uint32_t> & n_room);
+
+    // turn the recent cells into kept ones. afterwards each head keeps at most n_keep cells
+    bool evict(const std::vector<eviction> & evictions);
 
     // close the holes that seq_rm left
     bool compact();
 
     // rows of the cells that are never evicted
-    std::vector<int32_t> get_protected(const kv_head & head) const;
+    std::vector<int32_t> get_protected(const kv_seq & seq, const kv_segment & seg) const;
 
-    // the rows of each head that have to go, ascending
-    bool compute_evicted(const std::vector<uint32_t> & n_keep, std::vector<std::vector<int32_t>> & rows);
+    // the rows of each head that have to go, ascending: [eviction*n_heads + head]
+    bool compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows);
     bool compute_moves  (const cell_moves & moves);
 
-    void remove_range(llama_pos p0, llama_pos p1);
+    bool end_prefill(kv_seq & seq);
 
-    bool state_read_impl(llama_io_read_i & io);
+    void remove(kv_seq & seq, llama_pos p0, llama_pos p1);
+
+    ggml_tensor * view_cells(ggml_context * ctx, ggml_tensor * t, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
+
+    uint64_t hash_table() const;
+
+    void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id);
 };
 
 class llama_kv_cache_lukv_context : public llama_memory_context_i {
@@ -297,16 +402,13 @@ public:
 
     const llama_kv_cache_lukv * get_kv() const { return kv; }
 
-    bool is_full() const { return full; }
-
-    uint32_t get_n_recent_pad(uint32_t n_tokens) const;
+    // the sequence of the ubatch, of the first token if there are several. -1 for a full-cache context
+    llama_seq_id get_seq_id() const;
 
 private:
     const llama_memory_status status;
 
     llama_kv_cache_lukv * kv = nullptr;
-
-    bool full = false; // all cells are in use
 
     size_t i_cur = 0;
 
@@ -327,16 +429,20 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override;
+    bool can_reuse(const llama_kv_cache_lukv_context * mctx, const llama_ubatch & ubatch);
 
     // copy an input to the device of a layer as a whole, once for all layers there: views of an input would be copied one by one
     ggml_tensor * on_device(const llm_graph_context & gctx, ggml_tensor * input, int il) const;
 
     ggml_tensor * self_idxs     = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
-    ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_layer]
+    ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_seqs, n_layer]
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
 
-    uint32_t n_recent_pad  = 0;
-    uint64_t version       = 0;
+    // where the attention is computed head by head
+    llama_seq_id seq_id       = -1;
+    uint32_t     n_recent_pad = 0;
+    uint64_t     version      = 0;
+
     uint64_t version_alloc = 0;
 
     bool ragged = false; // all layers, hence there is no mask
