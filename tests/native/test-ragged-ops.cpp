@@ -133,11 +133,12 @@ struct attn_case {
     float softcap = 0.0f;
     bool  sinks   = false;
     int   n_recent = 64; // cells of which some are hidden
+    int   n_seqs   = 1;  // with n_tokens each
 
     std::string name() const {
         char buf[256];
-        snprintf(buf, sizeof(buf), "FLASH_ATTN_RAGGED(type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_tokens=%d,n_max=%d,n_recent=%d,softcap=%g,sinks=%d)",
-                ggml_type_name(type), d, n_head_kv, n_gqa, n_tokens, n_max, n_recent, softcap, sinks);
+        snprintf(buf, sizeof(buf), "FLASH_ATTN_RAGGED(type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_tokens=%d,n_max=%d,n_recent=%d,n_seqs=%d,softcap=%g,sinks=%d)",
+                ggml_type_name(type), d, n_head_kv, n_gqa, n_tokens, n_max, n_recent, n_seqs, softcap, sinks);
         return buf;
     }
 };
@@ -145,34 +146,46 @@ struct attn_case {
 // returns < 0 where it is not supported
 static double run_attn(ggml_backend_t backend, const attn_case & c) {
     int64_t n_rows;
-    const auto segs = make_segs(c.n_head_kv, c.n_recent, c.n_max, n_rows);
+    auto segs = make_segs(c.n_head_kv*c.n_seqs, c.n_recent, c.n_max, n_rows);
 
-    const int n_head = c.n_head_kv*c.n_gqa;
+    // cells at the end that no token of a sequence sees
+    const auto n_unused = [&](int s) { return (c.n_recent - std::min(c.n_tokens, c.n_recent))/(3 + s); };
+
+    // of several sequences one is empty, and one has few cells, which not all of its tokens see
+    if (c.n_seqs > 1) {
+        for (int h = 0; h < c.n_head_kv; ++h) {
+            segs[h].n               = 0;
+            segs[c.n_head_kv + h].n = n_unused(1) + c.n_tokens/2 + h;
+        }
+    }
+
+    const int n_head   = c.n_head_kv*c.n_gqa;
+    const int n_tokens = c.n_tokens*c.n_seqs;
 
     const rows k(c.type, c.d, n_rows);
     const rows v(c.type, c.d, n_rows);
 
-    const auto q     = random_floats(c.d*n_head*c.n_tokens);
+    const auto q     = random_floats(c.d*n_head*n_tokens);
     const auto sinks = random_floats(n_head);
 
     const float scale = 1.0f/sqrtf(c.d);
 
     // causal among the last cells, some of which are unused
-    const int n_unused = (c.n_recent - std::min(c.n_tokens, c.n_recent))/3;
-
     std::vector<int32_t> n_hidden;
-    for (int t = 0; t < c.n_tokens; ++t) {
-        n_hidden.push_back(std::min(n_unused + c.n_tokens - 1 - t, c.n_recent - 1));
+    for (int s = 0; s < c.n_seqs; ++s) {
+        for (int t = 0; t < c.n_tokens; ++t) {
+            n_hidden.push_back(std::min(n_unused(s) + c.n_tokens - 1 - t, c.n_recent - 1));
+        }
     }
 
     runner run(backend);
 
     ggml_tensor * out = ggml_flash_attn_ragged(run.ctx.get(),
-            run.input(GGML_TYPE_F32, { c.d, n_head, c.n_tokens }, q),
+            run.input(GGML_TYPE_F32, { c.d, n_head, n_tokens }, q),
             run.input(c.type, { c.d, n_rows }, k.data),
             run.input(c.type, { c.d, n_rows }, v.data),
-            run.input(GGML_TYPE_I32, { 2, c.n_head_kv }, segs),
-            run.input(GGML_TYPE_I32, { c.n_tokens }, n_hidden),
+            run.input(GGML_TYPE_I32, { 2, c.n_head_kv, c.n_seqs }, segs),
+            run.input(GGML_TYPE_I32, { n_tokens }, n_hidden),
             c.sinks ? run.input(GGML_TYPE_F32, { n_head }, sinks) : nullptr, scale, c.softcap);
 
     if (!run.supports(out)) {
@@ -181,11 +194,11 @@ static double run_attn(ggml_backend_t backend, const attn_case & c) {
     const auto res = run.compute<float>(out);
 
     std::vector<double> ref(res.size(), 0.0);
-    for (int t = 0; t < c.n_tokens; ++t) {
+    for (int t = 0; t < n_tokens; ++t) {
         for (int h = 0; h < n_head; ++h) {
-            const seg & s = segs[h/c.n_gqa];
+            const seg & s = segs[t/c.n_tokens*c.n_head_kv + h/c.n_gqa];
 
-            std::vector<double> p(s.n - n_hidden[t]);
+            std::vector<double> p(std::max(s.n - n_hidden[t], 0));
             double max = c.sinks ? sinks[h] : -INFINITY;
             for (size_t i = 0; i < p.size(); ++i) {
                 double dot = 0.0;
@@ -349,6 +362,13 @@ static bool test(ggml_backend_t backend) {
         cases.push_back({ type, 128, 40, 1,   1, 500 });
         cases.push_back({ type, 128,  2, 4, 130, 3000, 0.0f, false, 256 });
         cases.push_back({ type,  64,  3, 4, 100, 1000, 0.0f, true,  512 });
+
+        for (int d : { 64, 128, 256 }) {
+            cases.push_back({ type, d, 3, 2,  1,  700, 0.0f, false,  64, 4 });
+            cases.push_back({ type, d, 2, 5,  7,  700, 5.0f, true,   64, 3 });
+        }
+        cases.push_back({ type, 128, 2, 4, 40, 1000, 0.0f, false, 128, 3 });
+        cases.push_back({ type, 128, 8, 4,  1,  400, 0.0f, false,  64, 32 });
     }
     for (const auto & c : cases) {
         check(c.name(), run_attn(backend, c), c.type == GGML_TYPE_F32 ? 1e-9 : 1e-6);

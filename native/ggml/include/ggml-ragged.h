@@ -8,15 +8,15 @@ extern "C" {
 
     // ops on a KV cache in which every KV head has cells of its own: a segment of the rows of K and V
 
-    // attention
+    // attention. the tokens are n_seqs runs of the same length, and those of run s attend to the cells of sequence s
     //
     // q:        [n_embd, n_head, n_tokens] F32, rows contiguous
-    // k:        [n_embd, n_rows]           the cells of all heads
+    // k:        [n_embd, n_rows]           the cells of all heads and sequences
     // v:        [n_embd, n_rows]
-    // segs:     [2, n_head_kv]             I32: first row and number of cells of each KV head
+    // segs:     [2, n_head_kv, n_seqs]     I32: first row and number of cells of each KV head, which may be 0
     // n_hidden: [n_tokens]                 I32: how many of the last cells of each head the token does not see
     // sinks:    [n_head]                   F32, optional
-    // res:      [n_embd, n_head, n_tokens] F32
+    // res:      [n_embd, n_head, n_tokens] F32, 0 for a token that sees no cell
     GGML_API struct ggml_tensor * ggml_flash_attn_ragged(
             struct ggml_context * ctx,
             struct ggml_tensor  * q,

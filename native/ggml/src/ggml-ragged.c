@@ -20,6 +20,8 @@ struct ggml_tensor * ggml_flash_attn_ragged(
     GGML_ASSERT(k->ne[1] == v->ne[1]);
     GGML_ASSERT(segs->ne[0] == 2);
     GGML_ASSERT(q->ne[1] % segs->ne[1] == 0);
+    GGML_ASSERT(segs->ne[3] == 1);
+    GGML_ASSERT(q->ne[2] % segs->ne[2] == 0);
     GGML_ASSERT(q->ne[2] == n_hidden->ne[0]);
     GGML_ASSERT(q->ne[3] == 1);
 
@@ -57,6 +59,7 @@ struct ggml_tensor * ggml_keydiff_ragged(
         struct ggml_tensor  * segs) {
     GGML_ASSERT(segs->type  == GGML_TYPE_I32);
     GGML_ASSERT(segs->ne[0] == 2);
+    GGML_ASSERT(ggml_is_matrix(segs));
 
     GGML_ASSERT(ggml_is_contiguous(k));
     GGML_ASSERT(ggml_is_contiguous(segs));

@@ -35,29 +35,24 @@ static const float * rows_f32(const ggml_tensor * t, int64_t row, int n, float *
     return buf;
 }
 
-// calls f(head, first row, number of cells, first, last) for the cells [first, last) of the heads that thread ith has:
-// equal shares of all cells, whatever head they belong to. the last n_hidden cells of each head do not count
-template <typename F>
-static void for_each_share(const ggml_tensor * segs, int n_hidden, int ith, int nth, const F & f) {
-    const int32_t * seg    = (const int32_t *) segs->data;
-    const int       n_head = segs->ne[1];
-
+// calls f(i, first, last) for the cells [first, last) of the segments that thread ith has: equal shares of all cells,
+// whatever segment they belong to. size(i) - cells of a segment
+template <typename S, typename F>
+static void for_each_share(int n_segs, int ith, int nth, const S & size, const F & f) {
     int64_t n_cells = 0;
-    for (int h = 0; h < n_head; ++h) {
-        n_cells += seg[2*h + 1] - n_hidden;
+    for (int i = 0; i < n_segs; ++i) {
+        n_cells += size(i);
     }
     const int64_t c0 = n_cells* ith     /nth;
     const int64_t c1 = n_cells*(ith + 1)/nth;
 
     int64_t offs = 0;
-    for (int h = 0; h < n_head; ++h) {
-        const int size  = seg[2*h + 1] - n_hidden;
-        const int first = std::clamp<int64_t>(c0 - offs, 0, size);
-        const int last  = std::clamp<int64_t>(c1 - offs, 0, size);
+    for (int i = 0; i < n_segs; ++i) {
+        const int64_t n = size(i);
 
-        offs += size;
+        f(i, (int) std::clamp<int64_t>(c0 - offs, 0, n), (int) std::clamp<int64_t>(c1 - offs, 0, n));
 
-        f(h, seg[2*h], size, first, last);
+        offs += n;
     }
 }
 
@@ -65,9 +60,14 @@ static void for_each_share(const ggml_tensor * segs, int n_hidden, int ith, int 
 // attention
 //
 
-// the queries of one KV head: n_gqa heads times n_tokens
+// segments: the KV heads of all sequences
+static int n_segments(const ggml_tensor * dst) {
+    return dst->src[3]->ne[1]*dst->src[3]->ne[2];
+}
+
+// the queries of a segment: n_gqa heads times the tokens of a sequence
 static int n_queries(const ggml_tensor * dst) {
-    return dst->src[0]->ne[1]/dst->src[3]->ne[1]*dst->src[0]->ne[2];
+    return dst->src[0]->ne[1]*dst->src[0]->ne[2]/n_segments(dst);
 }
 
 // maximum, sum and values of a query
@@ -120,7 +120,8 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
     const int64_t DV        = v->ne[0];
     const int     n_head_kv = segs->ne[1];
     const int     n_gqa     = q->ne[1]/n_head_kv;
-    const int     n_tokens  = q->ne[2];
+    const int     n_tokens  = q->ne[2]/segs->ne[2]; // of a sequence
+    const int     n_segs    = n_segments(dst);
     const int     n_q       = n_queries(dst);
 
     const int ith = params->ith;
@@ -143,38 +144,53 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
     float * KT = P  + n_q*TILE;  // [TILE][DK]
     float * VT = KT + TILE*DK;   // [TILE][DV]
 
-    const auto partial = [&](int t, int h, int i) {
-        return partials + ((int64_t(t)*n_head_kv + h)*n_q + i)*partial_size(dst);
+    const auto partial = [&](int t, int is, int i) {
+        return partials + ((int64_t(t)*n_segs + is)*n_q + i)*partial_size(dst);
     };
 
-    // the cells that no token sees are left out
-    const int32_t * n_hidden     = (const int32_t *) dst->src[4]->data;
-    const int32_t   n_hidden_all = *std::min_element(n_hidden, n_hidden + n_tokens);
+    // the queries of a segment: token by token, and within a token head by head
+    const auto token = [&](int is, int i) { return is/n_head_kv*n_tokens + i/n_gqa; };
+    const auto head  = [&](int is, int i) { return is%n_head_kv*n_gqa    + i%n_gqa; };
 
-    for_each_share(segs, n_hidden_all, ith, nth, [&](int h, int64_t row, int size, int first, int last) {
+    const int32_t * seg      = (const int32_t *) segs->data;
+    const int32_t * n_hidden = (const int32_t *) dst->src[4]->data;
+
+    const auto n_seen = [&](int is, int i) { return seg[2*is + 1] - n_hidden[token(is, i)]; };
+
+    // the cells that no token of the sequence sees are left out
+    const auto size = [&](int is) {
+        const int32_t * first = n_hidden + is/n_head_kv*n_tokens;
+        return std::max(seg[2*is + 1] - *std::min_element(first, first + n_tokens), 0);
+    };
+
+    for_each_share(n_segs, ith, nth, size, [&](int is, int first, int last) {
         for (int i = 0; i < n_q; ++i) {
-            float * res = partial(ith, h, i);
+            float * res = partial(ith, is, i);
             res[0] = -INFINITY;
-            std::fill(res + 1, res + partial_size(dst), 0.0f);
+            std::fill(res + 1, first == last ? res + 2 : res + partial_size(dst), 0.0f);
         }
         if (first == last) {
             return;
         }
 
-        // the queries of the head: token by token, and within a token head by head
         for (int i = 0; i < n_q; ++i) {
-            memcpy(Q + i*DK, (const char *) q->data + (i/n_gqa)*q->nb[2] + (h*n_gqa + i%n_gqa)*q->nb[1], DK*sizeof(float));
+            memcpy(Q + i*DK, (const char *) q->data + token(is, i)*q->nb[2] + head(is, i)*q->nb[1], DK*sizeof(float));
         }
 
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
-            const float * K = rows_f32(k, row + c, n, KT);
-            const float * V = rows_f32(v, row + c, n, VT);
+            const float * K = rows_f32(k, seg[2*is] + c, n, KT);
+            const float * V = rows_f32(v, seg[2*is] + c, n, VT);
 
             for (int i = 0; i < n_q; ++i) {
+                const int n_tile = std::clamp(n_seen(is, i) - c, 0, n);
+                if (n_tile == 0) {
+                    continue;
+                }
+
                 float * p   = P + i*n;
-                float * res = partial(ith, h, i);
+                float * res = partial(ith, is, i);
 
                 dot_rows(n, DK, K, Q + i*DK, scale, p);
 
@@ -183,12 +199,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
                         p[j] = logit_softcap*tanhf(p[j]);
                     }
                 }
-
-                const int n_seen = std::clamp(size + n_hidden_all - n_hidden[i/n_gqa] - c, 0, n);
-                if (n_seen == 0) {
-                    continue;
-                }
-                std::fill(p + n_seen, p + n, -INFINITY);
+                std::fill(p + n_tile, p + n, -INFINITY);
 
                 float max;
                 ggml_vec_max_f32(n, &max, p);
@@ -209,23 +220,23 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
     ggml_barrier(params->threadpool);
 
     // combine the shares
-    for (int j = ith; j < n_head_kv*n_q; j += nth) {
-        const int h = j/n_q;
-        const int i = j%n_q;
+    for (int j = ith; j < n_segs*n_q; j += nth) {
+        const int is = j/n_q;
+        const int i  = j%n_q;
 
-        const float sink = sinks ? ((const float *) sinks->data)[h*n_gqa + i%n_gqa] : -INFINITY;
+        const float sink = sinks ? ((const float *) sinks->data)[head(is, i)] : -INFINITY;
 
         float max = sink;
         for (int t = 0; t < nth; ++t) {
-            max = std::max(max, partial(t, h, i)[0]);
+            max = std::max(max, partial(t, is, i)[0]);
         }
 
-        float * out = (float *) ((char *) dst->data + (i/n_gqa)*dst->nb[2] + (h*n_gqa + i%n_gqa)*dst->nb[1]);
+        float * out = (float *) ((char *) dst->data + token(is, i)*dst->nb[2] + head(is, i)*dst->nb[1]);
         std::fill(out, out + DV, 0.0f);
 
         float sum = sinks ? expf(sink - max) : 0.0f;
         for (int t = 0; t < nth; ++t) {
-            const float * res = partial(t, h, i);
+            const float * res = partial(t, is, i);
             if (res[1] == 0.0f) {
                 continue;
             }
@@ -275,14 +286,18 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
     float * tmp  = KT + TILE*D;                          // [D]
     float * sums = work + nth*keydiff_scratch_size(dst);
 
-    for_each_share(segs, 0, ith, nth, [&](int h, int64_t row, int /*size*/, int first, int last) {
+    const int32_t * seg = (const int32_t *) segs->data;
+
+    const auto size = [&](int h) { return seg[2*h + 1]; };
+
+    for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
         float * sum = sums + (int64_t(ith)*n_head + h)*D;
         std::fill(sum, sum + D, 0.0f);
 
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
-            const float * K = rows_f32(k, row + c, n, KT);
+            const float * K = rows_f32(k, seg[2*h] + c, n, KT);
             for (int i = 0; i < n; ++i) {
                 normalize(D, K + i*D, tmp);
                 ggml_vec_acc_f32(D, sum, tmp);
@@ -292,7 +307,7 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
 
     ggml_barrier(params->threadpool);
 
-    for_each_share(segs, 0, ith, nth, [&](int h, int64_t row, int /*size*/, int first, int last) {
+    for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
         if (first == last) {
             return;
         }
@@ -307,14 +322,14 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
-            const float * K = rows_f32(k, row + c, n, KT);
+            const float * K = rows_f32(k, seg[2*h] + c, n, KT);
             for (int i = 0; i < n; ++i) {
                 float dot;
                 float sum;
                 ggml_vec_dot_f32(D, &dot, 0, K + i*D, 0, anchor,  0, 1);
                 ggml_vec_dot_f32(D, &sum, 0, K + i*D, 0, K + i*D, 0, 1);
 
-                ((float *) dst->data)[row + c + i] = sum > 0.0f ? -dot/sqrtf(sum) : 0.0f;
+                ((float *) dst->data)[seg[2*h] + c + i] = sum > 0.0f ? -dot/sqrtf(sum) : 0.0f;
             }
         }
     });
@@ -362,8 +377,8 @@ void ggml_compute_forward_bottom_k_ragged(const ggml_compute_params * params, gg
 size_t ggml_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
     switch (dst->op) {
         case GGML_OP_FLASH_ATTN_RAGGED:
-            // scratch [n_tasks], then partial results [n_tasks][n_head_kv][n_queries]
-            return sizeof(float)*(n_tasks*(scratch_size(dst) + dst->src[3]->ne[1]*n_queries(dst)*partial_size(dst)) + PAD_F32);
+            // scratch [n_tasks], then partial results [n_tasks][n_segments][n_queries]
+            return sizeof(float)*(n_tasks*(scratch_size(dst) + n_segments(dst)*n_queries(dst)*partial_size(dst)) + PAD_F32);
         case GGML_OP_KEYDIFF_RAGGED:
             return sizeof(float)*(n_tasks*(keydiff_scratch_size(dst) + dst->src[1]->ne[1]*dst->src[0]->ne[0]) + PAD_F32);
         case GGML_OP_BOTTOM_K_RAGGED:

@@ -1459,7 +1459,7 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
 
             return cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
                 is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
-                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1] <= RAGGED_MAX_HEADS;
+                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1] <= RAGGED_MAX_HEADS && dst->src[3]->ne[2] == 1;
         }
         case GGML_OP_KEYDIFF_RAGGED: {
             const ggml_tensor * k = dst->src[0];
