@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
@@ -182,6 +183,7 @@ class BoundedSequences:
         self._n_cells = n_cells
         self._size = size
         self._n_recent = n_recent
+        self._n_protected = sink + recent
         self._n_room = n_recent + min(n_recent, (n_sequences - 1) * COMMIT_EVERY)
         self._n_kept = np.minimum(size, n_cells(size) + (n_sequences - 1) * (sink + recent + 2))
         self._empty = BoundedDecoder(model, metric, n_cells(size), n_recent=n_recent, sink=sink, recent=recent)
@@ -255,18 +257,20 @@ class BoundedSequences:
         self._sequences = {i: kept for i, kept in self._sequences.items() if i == sequence}
 
     def copy(self, source: int, target: int) -> None:
-        """Make an empty sequence a copy of another one; what they own is settled with the next batch."""
-        model = self._empty._model
-        self._empty._model = None
-        copied = deepcopy(self._sequences[source], {id(model): model})
-        self._empty._model = model
-        self._sequences[target] = copied
-        self._stale = True
+        """Make an empty sequence a copy of another one; where there is no room, it is made with the next batch."""
+        self._sequences[target] = self._clone(self._sequences[source])
+        shares = self._shares({})
+        owned, rooms = self._owned(shares), self._rooms_for([target])
+        for i, sequence in self._sequences.items():
+            for head in np.ndindex(self._n_kept.shape):
+                n_kept = len(sequence._positions[head[0]][head[1]]) - sequence._n_recent
+                self._stale |= n_kept > owned[i][head] or sequence._n_recent > rooms[i]
+        self._settle(shares, owned, rooms)
 
     def _shares(self, more: Mapping[int, int]) -> dict[int, int]:
         lengths = {i: self.lengths.get(i, 0) + more.get(i, 0) for i in {*self._sequences, *more}}
         total = sum(lengths.values())
-        return {i: max(self._size * length // total, 1) for i, length in lengths.items()}
+        return {i: max(self._size * length // total, min(length, self._n_protected)) for i, length in lengths.items()}
 
     @staticmethod
     def _is_worth_it(length: int, quota: int, share: int) -> bool:
@@ -274,20 +278,33 @@ class BoundedSequences:
             return False
         return share >= quota + quota // 4 or (length > quota and (share >= length or share >= quota + quota // 20))
 
+    def _clone(self, sequence: BoundedDecoder) -> BoundedDecoder:
+        return deepcopy(sequence, {id(self._empty._model): self._empty._model})
+
     def _renew(self, batch: Mapping[int, Sequence[int]], shares: dict[int, int]) -> None:
         for i in batch:
-            self._sequences.setdefault(i, deepcopy(self._empty, {id(self._empty._model): self._empty._model}))
+            self._sequences.setdefault(i, self._clone(self._empty))
+        self._settle(shares, self._owned(shares), self._rooms_for(list(batch)))
+        for sequence in self._sequences.values():
+            sequence.commit()
+        self._stale = False
+
+    def _settle(self, shares: dict[int, int], owned: dict[int, npt.NDArray[np.integer]], rooms: dict[int, int]) -> None:
+        self._quotas, self._rooms = shares, rooms
+        for i, sequence in self._sequences.items():
+            sequence._n_cells = owned[i]
+
+    def _owned(self, shares: dict[int, int]) -> dict[int, npt.NDArray[np.integer]]:
         owned = {i: self._n_cells(shares[i]).copy() for i in sorted(self._sequences)}
         for head in np.ndindex(self._n_kept.shape):
             for _ in range(sum(cells[head] for cells in owned.values()) - self._n_kept[head]):
                 max(owned.values(), key=lambda cells: cells[head])[head] -= 1
+        return owned
+
+    def _rooms_for(self, batch: Sequence[int]) -> dict[int, int]:
         n_out = len(self._sequences) - len(batch)
         n_min = COMMIT_EVERY if n_out * COMMIT_EVERY <= self._n_room - self._n_recent else 0
-        for i, sequence in self._sequences.items():
-            sequence._n_cells = owned[i]
-            sequence.commit()
-            self._rooms[i] = (self._n_room - n_out * n_min) // len(batch) if i in batch else n_min
-        self._quotas, self._stale = shares, False
+        return {i: (self._n_room - n_out * n_min) // len(batch) if i in batch else n_min for i in self._sequences}
 
 
 def cells_for(
@@ -311,7 +328,7 @@ def cells_for(
     """
     wanted = budget.astype(np.float64) * n_tokens + 1e-3
     low, high = min(n_min, n_tokens), float(n_tokens)
-    target = round(float(np.float32(ratio)) * n_tokens * budget.size)
+    target = math.floor(float(np.float32(ratio)) * n_tokens * budget.size + 0.5)
 
     def sizes(scale: float) -> npt.NDArray[np.float64]:
         return np.minimum(high, np.maximum(low, scale * wanted))

@@ -470,19 +470,21 @@ void llama_kv_cache_lukv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_ds
 
     const auto in_range = [&](llama_pos pos) { return pos >= p0 && pos < p1; };
 
-    kv_seq dst;
-    dst.pos_min      = p0;
-    dst.pos_max      = p1 - 1;
-    dst.prefill_done = src.prefill_done;
-    dst.segs.resize(n_heads());
-    std::copy_if(src.pos_recent.begin(), src.pos_recent.end(), std::back_inserter(dst.pos_recent), in_range);
+    const auto copy_pos = [&](std::vector<llama_pos> & pos) {
+        pos.erase(std::remove_if(pos.begin(), pos.end(), [&](llama_pos p) { return !in_range(p); }), pos.end());
+    };
 
-    std::vector<std::vector<llama_pos>> pos(n_heads());
-    for (size_t i = 0; i < pos.size(); ++i) {
-        std::copy_if(src.segs[i].pos.begin(), src.segs[i].pos.end(), std::back_inserter(pos[i]), in_range);
+    kv_seq dst = src;
+    dst.pos_min   = p0;
+    dst.pos_max   = p1 - 1;
+    dst.has_holes = false;
+
+    copy_pos(dst.pos_recent);
+    for (auto & seg : dst.segs) {
+        copy_pos(seg.pos);
     }
 
-    if (!add_seq(seq_id_dst, std::move(dst), pos)) {
+    if (!add_seqs({ { seq_id_dst, std::move(dst) } }, false)) {
         LLAMA_LOG_ERROR("%s: failed to copy the sequence %d\n", __func__, seq_id_src);
         return;
     }
@@ -673,7 +675,7 @@ std::map<llama_seq_id, uint32_t> llama_kv_cache_lukv::get_quotas(const seq_ids_t
 
     std::map<llama_seq_id, uint32_t> res;
     for (const auto & [id, n_seq] : n_tokens) {
-        res[id] = std::max<uint64_t>(size*n_seq/sum, 1);
+        res[id] = std::max(size*n_seq/sum, std::min<uint64_t>(n_seq, params.n_cells_min()));
     }
     return res;
 }
@@ -776,20 +778,11 @@ bool llama_kv_cache_lukv::rebalance(const seq_ids_t & ids, uint32_t n) {
     const auto n_owned = n_owned_of(quotas);
 
     std::vector<eviction> evictions;
-    std::map<llama_seq_id, uint32_t> n_room;
-
     for (auto & [id, seq] : seqs) {
         evictions.push_back({ &seq, n_owned.at(id) });
-
-        // long ubatches need room, the other sequences a little until their next commit, if there is enough
-        const uint32_t n_out = seqs.size() - ids.size();
-        const uint32_t n_min = n_out*N_RECENT_DECODE <= n_room_all - n_recent_max ? N_RECENT_DECODE : 0;
-        const bool     in    = std::find(ids.begin(), ids.end(), id) != ids.end();
-
-        n_room[id] = in ? (n_room_all - n_out*n_min)/ids.size() : n_min;
     }
 
-    if (!evict(evictions) || !set_layout(n_owned, n_room)) {
+    if (!evict(evictions) || !set_layout(n_owned, get_rooms(ids))) {
         for (auto it = seqs.begin(); it != seqs.end(); ) {
             it = it->second.pos_max < 0 ? seqs.erase(it) : std::next(it);
         }
@@ -804,40 +797,86 @@ bool llama_kv_cache_lukv::rebalance(const seq_ids_t & ids, uint32_t n) {
     return true;
 }
 
-bool llama_kv_cache_lukv::add_seq(llama_seq_id seq_id, kv_seq seq, const std::vector<std::vector<llama_pos>> & pos) {
-    const std::vector<llama_pos> pos_recent = std::move(seq.pos_recent);
+std::map<llama_seq_id, uint32_t> llama_kv_cache_lukv::get_rooms(const seq_ids_t & ids) const {
+    std::map<llama_seq_id, uint32_t> res;
 
+    // long ubatches need room, the other sequences a little until their next commit, if there is enough
+    const uint32_t n_out = seqs.size() - ids.size();
+    const uint32_t n_min = n_out*N_RECENT_DECODE <= n_room_all - n_recent_max ? N_RECENT_DECODE : 0;
+
+    for (const auto & [id, _] : seqs) {
+        const bool in = std::find(ids.begin(), ids.end(), id) != ids.end();
+
+        res[id] = in ? (n_room_all - n_out*n_min)/ids.size() : n_min;
+    }
+    return res;
+}
+
+bool llama_kv_cache_lukv::add_seqs(std::map<llama_seq_id, kv_seq> added, bool is_whole) {
     // the cells come after the layout: there is nothing to be moved yet
-    seq.pos_recent.clear();
-    seqs[seq_id] = std::move(seq);
+    seq_ids_t ids;
+    for (const auto & [id, seq] : added) {
+        auto & cur = seqs[id] = seq;
+        cur.pos_recent.clear();
+        for (auto & seg : cur.segs) {
+            seg.pos.clear();
+        }
+        ids.push_back(id);
+    }
 
-    const auto quotas = get_quotas({}, 0);
+    auto quotas = get_quotas({}, 0);
+    auto n_room = get_rooms(ids);
+    if (is_whole) {
+        for (const auto & [id, seq] : added) {
+            if (quotas.count(id) > 0) {
+                quotas[id] = seq.quota;
+            }
+            n_room[id] = seq.n_room;
+        }
+    }
+    auto n_owned = n_owned_of(quotas);
 
-    n_cells_t n_owned = n_owned_of(quotas);
-    std::map<llama_seq_id, uint32_t> n_room;
+    // as it will be after the next commit, unless there are more cells already: then that commit is due with the next ubatch
+    bool fits = n_rows_of(n_owned, n_room) == n_rows_of({}, {});
 
-    for (auto & [id, cur] : seqs) {
-        const size_t n_recent = id == seq_id ? pos_recent.size() : cur.pos_recent.size();
+    std::map<llama_seq_id, uint32_t> n_room_min;
+    n_cells_t                        n_owned_min = n_owned;
+
+    for (const auto & [id, cur] : seqs) {
+        const auto & seq = added.count(id) > 0 ? added.at(id) : cur;
+
+        const uint32_t n_recent = seq.pos_recent.size();
+
+        n_room_min[id] = std::max<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), N_RECENT_DECODE);
+        fits = fits && n_recent <= n_room[id];
 
         for (size_t i = 0; i < n_heads(); ++i) {
-            const size_t n_kept = id == seq_id ? pos[i].size() : cur.segs[i].pos.size();
+            const uint32_t n_kept = seq.segs[i].pos.size();
 
-            n_owned[id][i] = std::max<uint32_t>(n_owned[id][i], n_kept);
+            n_owned_min[id][i] = std::max(n_owned[id][i], n_kept);
+            fits = fits && n_kept <= n_owned[id][i];
         }
-        n_room[id] = std::max<uint32_t>(GGML_PAD(n_recent, N_RECENT_PAD), N_RECENT_DECODE);
     }
 
-    if (!set_layout(n_owned, n_room)) {
-        seqs.erase(seq_id);
+    if (!(fits ? set_layout(n_owned, n_room) : set_layout(n_owned_min, n_room_min))) {
+        for (llama_seq_id id : ids) {
+            seqs.erase(id);
+        }
         return false;
     }
+    is_provisional = is_provisional || !fits;
 
-    kv_seq & res = seqs.at(seq_id);
-    res.pos_recent = pos_recent;
-    for (size_t i = 0; i < n_heads(); ++i) {
-        res.segs[i].pos = pos[i];
+    for (auto & [id, seq] : added) {
+        auto & cur = seqs.at(id);
+
+        cur.pos_recent = std::move(seq.pos_recent);
+        for (size_t i = 0; i < n_heads(); ++i) {
+            cur.segs[i].pos = std::move(seq.segs[i].pos);
+        }
     }
-    is_provisional = true;
+    for (const auto & [id, quota] : quotas) {
+        seqs.at(id).quota = quota;
+    }
 
     return true;
 }
@@ -1746,11 +1785,17 @@ static T read_val(llama_io_read_i & io) {
 }
 
 static void write_pos(llama_io_write_i & io, const std::vector<llama_pos> & pos) {
+    write_val<uint32_t>(io, pos.size());
     io.write(pos.data(), pos.size()*sizeof(llama_pos));
 }
 
 // positions as they are cached: within the range of the sequence, or a hole
-static std::vector<llama_pos> read_pos(llama_io_read_i & io, uint32_t n, llama_pos pos_min, llama_pos pos_max) {
+static std::vector<llama_pos> read_pos(llama_io_read_i & io, llama_pos pos_min, llama_pos pos_max, uint32_t n_max) {
+    const uint32_t n = read_val<uint32_t>(io);
+    if (n > n_max) {
+        throw std::runtime_error(format("it has %u cells for a head, but there is room for %u", n, n_max));
+    }
+
     std::vector<llama_pos> res(n);
     io.read(res.data(), n*sizeof(llama_pos));
 
@@ -1773,24 +1818,32 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
     write_val<uint64_t>(io, hash_table());
     write_val<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
 
-    for (const auto & [id, seq] : seqs) {
-        if (seq_id >= 0 && id != seq_id) {
-            continue;
+    seq_ids_t ids;
+    for (const auto & [id, _] : seqs) {
+        if (seq_id < 0 || id == seq_id) {
+            ids.push_back(id);
         }
+    }
+
+    // all that decides where the cells go comes before them
+    for (llama_seq_id id : ids) {
+        const auto & seq = seqs.at(id);
 
         write_val(io, id);
         write_val(io, seq.pos_min);
         write_val(io, seq.pos_max);
+        write_val(io, seq.quota);
+        write_val(io, seq.n_room);
         write_val<uint32_t>(io, seq.prefill_done);
 
-        write_val<uint32_t>(io, seq.pos_recent.size());
         write_pos(io, seq.pos_recent);
-
-        // all that decides where the cells go comes before them
         for (const auto & seg : seq.segs) {
-            write_val<uint32_t>(io, seg.pos.size());
             write_pos(io, seg.pos);
         }
+    }
+
+    for (llama_seq_id id : ids) {
+        const auto & seq = seqs.at(id);
 
         const auto n_cells = n_cells_of(seq);
 
@@ -1824,10 +1877,34 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
             throw std::runtime_error(format("it has %u sequences, but there is room for %zu", n_seqs, n_seq_max - seqs.size()));
         }
 
+        std::map<llama_seq_id, kv_seq> added;
         for (uint32_t s = 0; s < n_seqs; ++s) {
             const llama_seq_id id = read_val<llama_seq_id>(io);
 
-            state_read_seq(io, seq_id < 0 ? id : seq_id);
+            added[seq_id < 0 ? id : seq_id] = state_read_seq(io);
+        }
+
+        seq_ids_t ids;
+        for (const auto & [id, _] : added) {
+            ids.push_back(id);
+        }
+        if (ids.size() != n_seqs || (!ids.empty() && (ids.front() < 0 || ids.back() >= LLAMA_MAX_SEQ))) {
+            throw std::runtime_error("it is damaged");
+        }
+        if (!add_seqs(std::move(added), seq_id < 0)) {
+            throw std::runtime_error("there is no memory for it");
+        }
+
+        for (llama_seq_id id : ids) {
+            const auto & seq = seqs.at(id);
+
+            const auto n_cells = n_cells_of(seq);
+
+            for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+                for (ggml_tensor * t : { layer.k, layer.v }) {
+                    io.read_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+                }
+            });
         }
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: the state cannot be restored: %s\n", __func__, err.what());
@@ -1839,48 +1916,27 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
     }
 }
 
-void llama_kv_cache_lukv::state_read_seq(llama_io_read_i & io, llama_seq_id seq_id) {
-    kv_seq seq;
-    seq.pos_min      = read_val<llama_pos>(io);
-    seq.pos_max      = read_val<llama_pos>(io);
-    seq.prefill_done = read_val<uint32_t>(io);
-    seq.has_holes    = true; // perhaps
-    seq.segs.resize(n_heads());
+llama_kv_cache_lukv::kv_seq llama_kv_cache_lukv::state_read_seq(llama_io_read_i & io) const {
+    kv_seq res;
+    res.pos_min      = read_val<llama_pos>(io);
+    res.pos_max      = read_val<llama_pos>(io);
+    res.quota        = read_val<uint32_t>(io);
+    res.n_room       = read_val<uint32_t>(io);
+    res.prefill_done = read_val<uint32_t>(io);
+    res.has_holes    = true; // perhaps
 
-    // no sequence has more cells for a head than there are tokens
-    const int64_t n_max = int64_t(seq.pos_max) - seq.pos_min + 1;
-    if (seq_id < 0 || seqs.count(seq_id) > 0 || seq.pos_min < 0 || n_max <= 0) {
-        throw std::runtime_error("it is damaged");
-    }
-    const auto read_n = [&]() {
-        const uint32_t n = read_val<uint32_t>(io);
-        if (n > n_max) {
-            throw std::runtime_error(format("it has %u cells for %" PRId64 " tokens", n, n_max));
-        }
-        return n;
-    };
-
-    const uint32_t n_recent = read_n();
-    seq.pos_recent = read_pos(io, n_recent, seq.pos_min, seq.pos_max);
-
-    std::vector<std::vector<llama_pos>> pos;
-    for (size_t i = 0; i < n_heads(); ++i) {
-        const uint32_t n_kept = read_n();
-        pos.push_back(read_pos(io, n_kept, seq.pos_min, seq.pos_max));
+    if (res.pos_min < 0 || res.pos_max < res.pos_min || res.quota > kv_size || res.n_room > n_room_all) {
+        throw std::runtime_error("it was saved with another size of the context or of the ubatches, or it is damaged");
     }
 
-    if (!add_seq(seq_id, std::move(seq), pos)) {
-        throw std::runtime_error("there is no memory for it");
+    res.pos_recent = read_pos(io, res.pos_min, res.pos_max, n_room_all);
+
+    res.segs.resize(n_heads());
+    for (auto & seg : res.segs) {
+        seg.pos = read_pos(io, res.pos_min, res.pos_max, kv_size);
     }
 
-    const auto & res     = seqs.at(seq_id);
-    const auto   n_cells = n_cells_of(res);
-
-    for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
-        for (ggml_tensor * t : { layer.k, layer.v }) {
-            io.read_tensor(t, res.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
-        }
-    });
+    return res;
 }
 
 //

@@ -343,8 +343,12 @@ private:
     // share the rows out among the sequences, for a ubatch with n tokens for each of the sequences ids
     bool rebalance(const seq_ids_t & ids, uint32_t n);
 
-    // a new sequence whose kept cells have the positions pos, per head. nothing is evicted: the pools grow if they have to
-    bool add_seq(llama_seq_id seq_id, kv_seq seq, const std::vector<std::vector<llama_pos>> & pos);
+    // recent cells that each sequence has room for, if the next ubatch is one of the sequences ids
+    std::map<llama_seq_id, uint32_t> get_rooms(const seq_ids_t & ids) const;
+
+    // lay out new sequences, the data of whose cells comes afterwards. nothing is evicted: the pools grow if they have to
+    // is_whole - they are all there are, and had the same quotas before
+    bool add_seqs(std::map<llama_seq_id, kv_seq> added, bool is_whole);
 
     // give the segments n_owned + n_room rows each and move the cells there
     bool set_layout(const n_cells_t & n_owned, const std::map<llama_seq_id, uint32_t> & n_room);
@@ -370,7 +374,7 @@ private:
 
     uint64_t hash_table() const;
 
-    void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id);
+    kv_seq state_read_seq(llama_io_read_i & io) const;
 };
 
 class llama_kv_cache_lukv_context : public llama_memory_context_i {

@@ -1,0 +1,99 @@
+"""Sequences of a live context, through llama.cpp's own interface."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+
+class Context:
+    """A model with a context for several sequences. Close it, or use it in a `with`."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        overrides: Mapping[str, float | bool | str] | None = None,
+        n_ctx: int = 768,
+        n_ubatch: int = 128,
+        n_seq_max: int = 4,
+        kv_type: int = 0,
+        flash_attn: bool = True,
+        unified: bool = True,
+    ) -> None:
+        # the binding makes the array of overrides for us
+        self._loader = llama_cpp.Llama(
+            model_path=str(path), kv_overrides=dict(overrides or {}), n_ctx=64, n_batch=64, verbose=False, n_threads=1
+        )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, n_ubatch
+        params.n_seq_max, params.kv_unified = n_seq_max, unified
+        params.n_threads = params.n_threads_batch = 1
+        params.type_k = params.type_v = kv_type
+        params.flash_attn_type = 1 if flash_attn else 0
+        self.ctx = llama_cpp.llama_init_from_model(self._loader.model, params)
+        assert self.ctx
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = self._loader.n_vocab()
+        self._batch = llama_cpp.llama_batch_init(n_ctx, 0, 1)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self.ctx)
+        self._loader.close()
+
+    def length(self, sequence: int) -> int:
+        return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence) + 1
+
+    def try_decode(self, tokens: Mapping[int, Sequence[int]]) -> int:
+        batch, n = self._batch, 0
+        for sequence, ids in tokens.items():
+            start = self.length(sequence)
+            for i, token in enumerate(ids):
+                batch.token[n], batch.pos[n], batch.logits[n] = token, start + i, True
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+                n += 1
+        batch.n_tokens = n
+        return llama_cpp.llama_decode(self.ctx, batch)
+
+    def decode(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
+        """Logits of the tokens that continue each sequence, [n, n_vocab]."""
+        assert self.try_decode(tokens) == 0
+        n = self._batch.n_tokens
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (n, self.n_vocab)).astype(np.float64)
+        result, first = {}, 0
+        for sequence, ids in tokens.items():
+            result[sequence] = logits[first : first + len(ids)].copy()
+            first += len(ids)
+        return result
+
+    def remove(self, sequence: int, first: int = -1, last: int = -1) -> None:
+        assert llama_cpp.llama_memory_seq_rm(self.memory, sequence, first, last)
+
+    def copy(self, source: int, target: int) -> None:
+        llama_cpp.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+
+    def keep(self, sequence: int) -> None:
+        llama_cpp.llama_memory_seq_keep(self.memory, sequence)
+
+    def save(self, sequence: int | None = None) -> bytes:
+        if sequence is None:
+            size = llama_cpp.llama_state_get_size(self.ctx)
+            data = (ctypes.c_uint8 * size)()
+            return bytes(data[: llama_cpp.llama_state_get_data(self.ctx, data, size)])
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, sequence)
+        data = (ctypes.c_uint8 * size)()
+        return bytes(data[: llama_cpp.llama_state_seq_get_data(self.ctx, data, size, sequence)])
+
+    def restore(self, state: bytes, sequence: int | None = None) -> bool:
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if sequence is None:
+            return llama_cpp.llama_state_set_data(self.ctx, data, len(state)) == len(state)
+        return llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), sequence) == len(state)
