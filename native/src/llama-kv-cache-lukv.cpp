@@ -33,6 +33,9 @@ static constexpr uint32_t N_GROW = 512;
 // long contexts: recent cells up to this part of the context, but no more than two ubatches
 static constexpr uint32_t N_RECENT_FRACTION = 128;
 
+// columns: devices read the mask in words of up to 16 bytes
+static constexpr int64_t N_MASK_ALIGN = 8;
+
 // graph nodes for each head: views, permutations, attention and concatenation, or the score and the selection
 static constexpr uint32_t N_NODES_HEAD = 24;
 
@@ -1301,15 +1304,18 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
 
 // KeyDiff: the cells whose keys differ most from the mean of the normalised keys stay
 // ref: https://arxiv.org/abs/2504.15364
-// k [n_embd_head_k, n_cells], ones [1, n_cells] -> [n_cells]
-static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * ones) {
+// for devices without the op: an outer product would save the transposed copy, but not all of them have it
+// k [n_embd_head_k, n_cells] -> [1, n_cells]
+static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k) {
     if (k->type != GGML_TYPE_F32) {
         k = ggml_cast(ctx, k, GGML_TYPE_F32);
     }
 
     // only the order of the scores matters: neither the length of the normalised keys nor that of their sum does
     ggml_tensor * k_norm = ggml_rms_norm(ctx, k, 1e-12f);
-    ggml_tensor * k_sum  = ggml_out_prod(ctx, k_norm, ones); // [n_embd_head_k, 1]
+    ggml_tensor * k_sum  = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, k_norm))); // [1, n_embd_head_k]
+
+    k_sum = ggml_reshape_2d(ctx, k_sum, k_sum->ne[1], 1);
 
     return ggml_scale(ctx, ggml_mul_mat(ctx, k_norm, k_sum), -1.0f/k->ne[0]/k->ne[1]);
 }
@@ -1449,10 +1455,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                     continue;
                 }
 
-                ggml_tensor * k    = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
-                ggml_tensor * ones = graph.input(GGML_TYPE_F32, std::vector<float>(n_cells, 1.0f), 1);
+                ggml_tensor * k = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
 
-                cur.scores.push_back(build_score_keydiff(ctx, k, ones));
+                cur.scores.push_back(build_score_keydiff(ctx, k));
                 cur.n_rows += n_cells;
             }
         }
@@ -1639,7 +1644,7 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch &
 
     const uint32_t n = ubatch.n_seq_tokens;
 
-    int64_t * data = (int64_t *) dst->data;
+    int32_t * data = (int32_t *) dst->data;
 
     for (size_t l = 0; l < kv.layers.size(); ++l) {
         for (llama_seq_id id : seq_ids_of(ubatch)) {
@@ -1727,7 +1732,7 @@ static void fill_kq_mask(T * data, int64_t n_cols, const std::vector<llama_pos> 
         const llama_ubatch & ubatch, bool causal_attn, T visible, T hidden) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         T * row  = data + i*n_cols;
-        T * last = row  + n_cols - n_recent_pad + n_recent_seen(pos_recent, ubatch.pos[i], causal_attn);
+        T * last = row  + n_cols - N_MASK_ALIGN - n_recent_pad + n_recent_seen(pos_recent, ubatch.pos[i], causal_attn);
 
         std::fill(row,  last,         visible);
         std::fill(last, row + n_cols, hidden);
@@ -2032,9 +2037,25 @@ ggml_tensor * llm_graph_input_attn_kv_lukv::on_device(const llm_graph_context & 
     auto & res = copies[{ input, dev }];
     if (!res) {
         res = ggml_cont(gctx.ctx0, input);
-        ggml_backend_sched_set_tensor_backend(gctx.sched, res, find_backend(gctx.sched, dev));
+        if (ggml_backend_dev_supports_op(dev, res)) {
+            ggml_backend_sched_set_tensor_backend(gctx.sched, res, find_backend(gctx.sched, dev));
+        } else {
+            res = input;
+        }
     }
     return res;
+}
+
+// the columns of a mask for n_cells cells: the last ones, but for N_MASK_ALIGN
+static ggml_tensor * view_mask(ggml_context * ctx, ggml_tensor * mask, int64_t n_cells, bool align) {
+    const int64_t first = mask->ne[0] - N_MASK_ALIGN - n_cells;
+
+    if (align && first % N_MASK_ALIGN != 0) {
+        mask = ggml_cont(ctx, ggml_view_2d(ctx, mask, GGML_PAD(n_cells, N_MASK_ALIGN), mask->ne[1], mask->nb[1], first*mask->nb[0]));
+
+        return ggml_view_2d(ctx, mask, n_cells, mask->ne[1], mask->nb[1], 0);
+    }
+    return ggml_view_2d(ctx, mask, n_cells, mask->ne[1], mask->nb[1], first*mask->nb[0]);
 }
 
 std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
@@ -2055,7 +2076,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     inp->n_recent_pad  = kv->get_n_recent_pad(inp->seq_id);
     inp->ragged        = ubatch.n_tokens <= kv->n_tokens_ragged();
 
-    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_head_kv*ubatch.n_tokens, kv->get_n_layer());
+    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_head_kv*ubatch.n_tokens, kv->get_n_layer());
     ggml_set_input(inp->self_idxs);
     ggml_set_name (inp->self_idxs, "attn_inp_idxs_lukv");
 
@@ -2070,7 +2091,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     if (!inp->ragged) {
         // flash attention requires an f16 mask
         inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
-                kv->get_n_cells_max(inp->seq_id), ubatch.n_tokens);
+                GGML_PAD(kv->get_n_cells_max(inp->seq_id), N_MASK_ALIGN) + N_MASK_ALIGN, ubatch.n_tokens);
         ggml_set_input(inp->self_kq_mask);
         ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
     }
@@ -2131,9 +2152,8 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * k = kv->get_k(ctx0, inp->seq_id, il, ih, n_cells);
         ggml_tensor * v = kv->get_v(ctx0, inp->seq_id, il, ih, n_cells);
 
-        // the last columns of the mask
-        ggml_tensor * kq_mask = inp->on_device(gctx, inp->self_kq_mask, il);
-        kq_mask = ggml_view_2d(ctx0, kq_mask, n_cells, kq_mask->ne[1], kq_mask->nb[1], (kq_mask->ne[0] - n_cells)*kq_mask->nb[0]);
+        ggml_tensor * kq_mask = view_mask(ctx0, inp->on_device(gctx, inp->self_kq_mask, il), n_cells,
+                gctx.cparams.flash_attn && ggml_backend_dev_type(kv->get_dev(il)) != GGML_BACKEND_DEVICE_TYPE_CPU);
         if (!gctx.cparams.flash_attn) {
             kq_mask = ggml_cont(ctx0, kq_mask); // required by the soft max
         }
