@@ -1263,7 +1263,8 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
         n_recent += seq.pos_recent.size();
     }
 
-    if (!compute_moves(moves)) {
+    // the host goes on meanwhile
+    if (!compute_moves(moves, true)) {
         return false;
     }
 
@@ -1358,12 +1359,23 @@ public:
         return res;
     }
 
+    // an input on a device as a whole: the views of an input would be copied there one by one
+    ggml_tensor * on_device(ggml_tensor * t, ggml_backend_dev_t dev) {
+        ggml_tensor * res = ggml_cont(ctx.get(), t);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !ggml_backend_dev_supports_op(dev, res)) {
+            return t;
+        }
+        devs.emplace_back(res, dev);
+        return res;
+    }
+
     void output(ggml_tensor * t) {
         ggml_set_output(t);
         ggml_build_forward_expand(gf, t);
     }
 
-    bool compute(const char * what) {
+    // async - what is computed next on the same backends sees the results, nobody else
+    bool compute(const char * what, bool async = false) {
         auto * sched = kv.sched.get();
 
         ggml_backend_sched_synchronize(kv.lctx->get_sched());
@@ -1380,7 +1392,11 @@ public:
         for (const auto & [t, data] : inputs) {
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
         }
-        if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
+        const auto status = ggml_backend_sched_graph_compute_async(sched, gf);
+        if (!async) {
+            ggml_backend_sched_synchronize(sched);
+        }
+        if (status != GGML_STATUS_SUCCESS) {
             LLAMA_LOG_ERROR("%s: failed to compute the %s\n", __func__, what);
             return false;
         }
@@ -1412,6 +1428,16 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         std::vector<int32_t>       segs;
         std::vector<int64_t>       rows_prot;
 
+        // the segments of the layers whose scores one op computes
+        struct layer_segs {
+            size_t        i_score;
+            ggml_tensor * k;
+            int64_t       first;
+            int64_t       n;
+        };
+        std::vector<layer_segs> layers;
+        std::vector<int32_t>    layer_segs_data;
+
         int64_t n_rows = 0;
 
         bool          on_device = true;
@@ -1426,7 +1452,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         cur.on_device = ops[l].select;
 
         // with the op the scores of a layer have the rows of K, else each head has its own
-        std::vector<int32_t> segs;
+        auto & segs = cur.layer_segs_data;
+
+        const int64_t n_segs = segs.size()/2;
 
         for (size_t e = 0; e < evictions.size(); ++e) {
             const auto & seq = *evictions[e].seq;
@@ -1462,8 +1490,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
             }
         }
 
-        if (!segs.empty()) {
-            cur.scores.push_back(ggml_keydiff_ragged(ctx, layer.k, graph.input(GGML_TYPE_I32, segs, 2)));
+        if ((int64_t) segs.size()/2 > n_segs) {
+            cur.layers.push_back({ cur.scores.size(), layer.k, n_segs, (int64_t) segs.size()/2 - n_segs });
+            cur.scores.push_back(nullptr);
             cur.n_rows += layer.k->ne[1];
         }
     }
@@ -1475,6 +1504,14 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
             continue;
         }
         empty = false;
+
+        if (!cur.layers.empty()) {
+            ggml_tensor * segs = graph.on_device(graph.input(GGML_TYPE_I32, cur.layer_segs_data, 2), dev);
+
+            for (const auto & [i_score, k, first, n] : cur.layers) {
+                cur.scores[i_score] = ggml_keydiff_ragged(ctx, k, ggml_view_2d(ctx, segs, 2, n, segs->nb[1], first*segs->nb[1]));
+            }
+        }
 
         for (ggml_tensor * t : cur.scores) {
             graph.devs.emplace_back(t, dev);
@@ -1541,37 +1578,57 @@ static ggml_tensor * view_raw(ggml_context * ctx, ggml_tensor * t) {
     return res;
 }
 
-bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves) {
-    if (std::all_of(moves.begin(), moves.end(), [](const auto & cur) { return cur.empty(); })) {
+bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves, bool async) {
+    // per device: the old rows of each layer's cells, then the new ones
+    std::map<ggml_backend_dev_t, std::vector<int32_t>> rows;
+    for (uint32_t l = 0; l < params.n_layer; ++l) {
+        auto & cur = rows[get_dev(kv.layers[l].il)];
+        for (const auto & move : moves[l]) {
+            cur.push_back(move.src);
+        }
+        for (const auto & move : moves[l]) {
+            cur.push_back(move.dst);
+        }
+    }
+
+    if (std::all_of(rows.begin(), rows.end(), [](const auto & cur) { return cur.second.empty(); })) {
         return true;
     }
 
     commit_graph graph(*this, 16*params.n_layer + 16);
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        if (moves[il].empty()) {
+    auto * ctx = graph.ctx.get();
+
+    std::map<ggml_backend_dev_t, ggml_tensor *> idxs;
+    std::map<ggml_backend_dev_t, int64_t>       first;
+
+    for (uint32_t l = 0; l < params.n_layer; ++l) {
+        const int64_t n = moves[l].size();
+        if (n == 0) {
             continue;
         }
 
-        std::vector<int32_t> src;
-        std::vector<int64_t> dst;
-        for (const auto & move : moves[il]) {
-            src.push_back(move.src);
-            dst.push_back(move.dst);
+        ggml_backend_dev_t dev = get_dev(kv.layers[l].il);
+
+        auto & cur = idxs[dev];
+        if (!cur) {
+            const int64_t n_all = rows[dev].size();
+            cur = graph.on_device(graph.input(GGML_TYPE_I32, std::move(rows[dev]), n_all), dev);
         }
 
-        ggml_tensor * idxs_src = graph.input(GGML_TYPE_I32, src, src.size());
-        ggml_tensor * idxs_dst = graph.input(GGML_TYPE_I64, dst, dst.size());
+        ggml_tensor * src = ggml_view_1d(ctx, cur, n,  first[dev]     *cur->nb[0]);
+        ggml_tensor * dst = ggml_view_1d(ctx, cur, n, (first[dev] + n)*cur->nb[0]);
+        first[dev] += 2*n;
 
-        for (ggml_tensor * t : { kv.layers[il].k, kv.layers[il].v }) {
-            ggml_tensor * raw = view_raw(graph.ctx.get(), t);
+        for (ggml_tensor * t : { kv.layers[l].k, kv.layers[l].v }) {
+            ggml_tensor * raw = view_raw(ctx, t);
 
             // note: all rows are read before the first one is written
-            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx.get(), raw, ggml_get_rows(graph.ctx.get(), raw, idxs_src), idxs_dst));
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, raw, ggml_get_rows(ctx, raw, src), dst));
         }
     }
 
-    return graph.compute("moves of cells");
+    return graph.compute("moves of cells", async);
 }
 
 //
@@ -1715,14 +1772,20 @@ bool llama_kv_cache_lukv::use_ragged(int32_t il, uint32_t n_tokens) const {
 void llama_kv_cache_lukv::set_input_rot(ggml_tensor * dst) {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const uint32_t n = dst->ne[0];
-    for (uint32_t i = 0; i < n; ++i) {
-        for (uint32_t j = 0; j < n; ++j) {
-            bool odd = false;
-            for (uint32_t bits = i & j; bits != 0; bits &= bits - 1) {
-                odd = !odd;
+    float * data = (float *) dst->data;
+
+    // the matrix of twice the size consists of four of these, the last one negative
+    const int64_t n = dst->ne[0];
+    data[0] = 1.0f/sqrtf(n);
+    for (int64_t m = 1; m < n; m *= 2) {
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < m; ++j) {
+                const float x = data[i*n + j];
+
+                data[ i     *n + m + j] =  x;
+                data[(m + i)*n     + j] =  x;
+                data[(m + i)*n + m + j] = -x;
             }
-            ((float *) dst->data)[i*n + j] = (odd ? -1.0f : 1.0f)/sqrtf(n);
         }
     }
 }

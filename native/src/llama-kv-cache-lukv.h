@@ -364,7 +364,7 @@ private:
 
     // the rows of each head that have to go, ascending: [eviction*n_heads + head]
     bool compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows);
-    bool compute_moves  (const cell_moves & moves);
+    bool compute_moves  (const cell_moves & moves, bool async = false);
 
     bool end_prefill(kv_seq & seq);
 
