@@ -190,7 +190,7 @@ def _measure_in_process(run: Run) -> dict[str, Any]:
 def measure(run: Run) -> dict[str, Any]:
     """Measure one side in this process."""
     from gguf import GGMLQuantizationType
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_synchronize
 
     from lukv_gguf import runtime
 
@@ -215,22 +215,23 @@ def measure(run: Run) -> dict[str, Any]:
     text = llama.tokenize(load_default()[0].encode())
     tokens = (text * (run.depth // len(text) + 2))[: run.depth + run.n_gen]
 
-    llama.eval(tokens[:1])  # the first computation allocates
+    def evaluate(tokens: list[int]) -> float:
+        """The time when all of it is done: a GPU still works when `eval` returns."""
+        if tokens:
+            llama.eval(tokens)
+        llama_synchronize(llama.ctx)
+        return time.perf_counter()
+
+    evaluate(tokens[:1])  # the first computation allocates
     llama.reset()
     llama._ctx.kv_cache_clear()
 
     n_end = min(4 * run.n_ubatch, run.depth)
 
     start = time.perf_counter()
-    if run.depth > n_end:
-        llama.eval(tokens[: run.depth - n_end])
-    near = time.perf_counter()
-    llama.eval(tokens[run.depth - n_end : run.depth])
-    read = time.perf_counter()
-    times = [read]
-    for token in tokens[run.depth :]:
-        llama.eval([token])
-        times.append(time.perf_counter())
+    near = evaluate(tokens[: run.depth - n_end])
+    read = evaluate(tokens[run.depth - n_end : run.depth])
+    times = [read, *(evaluate([token]) for token in tokens[run.depth :])]
     return {
         "kv_bytes": runtime.memory_size(llama),
         "prefill_tps": run.depth / (read - start),

@@ -33,6 +33,9 @@ static constexpr uint32_t N_GROW = 512;
 // long contexts: recent cells up to this part of the context, but no more than two ubatches
 static constexpr uint32_t N_RECENT_FRACTION = 128;
 
+// columns: devices read the mask in words of up to 16 bytes
+static constexpr int64_t N_MASK_ALIGN = 8;
+
 // graph nodes for each head: views, permutations, attention and concatenation, or the score and the selection
 static constexpr uint32_t N_NODES_HEAD = 24;
 
@@ -1260,7 +1263,8 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
         n_recent += seq.pos_recent.size();
     }
 
-    if (!compute_moves(moves)) {
+    // the host goes on meanwhile
+    if (!compute_moves(moves, true)) {
         return false;
     }
 
@@ -1301,15 +1305,18 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
 
 // KeyDiff: the cells whose keys differ most from the mean of the normalised keys stay
 // ref: https://arxiv.org/abs/2504.15364
-// k [n_embd_head_k, n_cells], ones [1, n_cells] -> [n_cells]
-static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * ones) {
+// for devices without the op: an outer product would save the transposed copy, but not all of them have it
+// k [n_embd_head_k, n_cells] -> [1, n_cells]
+static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k) {
     if (k->type != GGML_TYPE_F32) {
         k = ggml_cast(ctx, k, GGML_TYPE_F32);
     }
 
     // only the order of the scores matters: neither the length of the normalised keys nor that of their sum does
     ggml_tensor * k_norm = ggml_rms_norm(ctx, k, 1e-12f);
-    ggml_tensor * k_sum  = ggml_out_prod(ctx, k_norm, ones); // [n_embd_head_k, 1]
+    ggml_tensor * k_sum  = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, k_norm))); // [1, n_embd_head_k]
+
+    k_sum = ggml_reshape_2d(ctx, k_sum, k_sum->ne[1], 1);
 
     return ggml_scale(ctx, ggml_mul_mat(ctx, k_norm, k_sum), -1.0f/k->ne[0]/k->ne[1]);
 }
@@ -1352,12 +1359,23 @@ public:
         return res;
     }
 
+    // an input on a device as a whole: the views of an input would be copied there one by one
+    ggml_tensor * on_device(ggml_tensor * t, ggml_backend_dev_t dev) {
+        ggml_tensor * res = ggml_cont(ctx.get(), t);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !ggml_backend_dev_supports_op(dev, res)) {
+            return t;
+        }
+        devs.emplace_back(res, dev);
+        return res;
+    }
+
     void output(ggml_tensor * t) {
         ggml_set_output(t);
         ggml_build_forward_expand(gf, t);
     }
 
-    bool compute(const char * what) {
+    // async - what is computed next on the same backends sees the results, nobody else
+    bool compute(const char * what, bool async = false) {
         auto * sched = kv.sched.get();
 
         ggml_backend_sched_synchronize(kv.lctx->get_sched());
@@ -1374,7 +1392,11 @@ public:
         for (const auto & [t, data] : inputs) {
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
         }
-        if (ggml_backend_sched_graph_compute(sched, gf) != GGML_STATUS_SUCCESS) {
+        const auto status = ggml_backend_sched_graph_compute_async(sched, gf);
+        if (!async) {
+            ggml_backend_sched_synchronize(sched);
+        }
+        if (status != GGML_STATUS_SUCCESS) {
             LLAMA_LOG_ERROR("%s: failed to compute the %s\n", __func__, what);
             return false;
         }
@@ -1406,6 +1428,16 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         std::vector<int32_t>       segs;
         std::vector<int64_t>       rows_prot;
 
+        // the segments of the layers whose scores one op computes
+        struct layer_segs {
+            size_t        i_score;
+            ggml_tensor * k;
+            int64_t       first;
+            int64_t       n;
+        };
+        std::vector<layer_segs> layers;
+        std::vector<int32_t>    layer_segs_data;
+
         int64_t n_rows = 0;
 
         bool          on_device = true;
@@ -1420,7 +1452,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         cur.on_device = ops[l].select;
 
         // with the op the scores of a layer have the rows of K, else each head has its own
-        std::vector<int32_t> segs;
+        auto & segs = cur.layer_segs_data;
+
+        const int64_t n_segs = segs.size()/2;
 
         for (size_t e = 0; e < evictions.size(); ++e) {
             const auto & seq = *evictions[e].seq;
@@ -1449,16 +1483,16 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                     continue;
                 }
 
-                ggml_tensor * k    = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
-                ggml_tensor * ones = graph.input(GGML_TYPE_F32, std::vector<float>(n_cells, 1.0f), 1);
+                ggml_tensor * k = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
 
-                cur.scores.push_back(build_score_keydiff(ctx, k, ones));
+                cur.scores.push_back(build_score_keydiff(ctx, k));
                 cur.n_rows += n_cells;
             }
         }
 
-        if (!segs.empty()) {
-            cur.scores.push_back(ggml_keydiff_ragged(ctx, layer.k, graph.input(GGML_TYPE_I32, segs, 2)));
+        if ((int64_t) segs.size()/2 > n_segs) {
+            cur.layers.push_back({ cur.scores.size(), layer.k, n_segs, (int64_t) segs.size()/2 - n_segs });
+            cur.scores.push_back(nullptr);
             cur.n_rows += layer.k->ne[1];
         }
     }
@@ -1470,6 +1504,14 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
             continue;
         }
         empty = false;
+
+        if (!cur.layers.empty()) {
+            ggml_tensor * segs = graph.on_device(graph.input(GGML_TYPE_I32, cur.layer_segs_data, 2), dev);
+
+            for (const auto & [i_score, k, first, n] : cur.layers) {
+                cur.scores[i_score] = ggml_keydiff_ragged(ctx, k, ggml_view_2d(ctx, segs, 2, n, segs->nb[1], first*segs->nb[1]));
+            }
+        }
 
         for (ggml_tensor * t : cur.scores) {
             graph.devs.emplace_back(t, dev);
@@ -1536,37 +1578,57 @@ static ggml_tensor * view_raw(ggml_context * ctx, ggml_tensor * t) {
     return res;
 }
 
-bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves) {
-    if (std::all_of(moves.begin(), moves.end(), [](const auto & cur) { return cur.empty(); })) {
+bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves, bool async) {
+    // per device: the old rows of each layer's cells, then the new ones
+    std::map<ggml_backend_dev_t, std::vector<int32_t>> rows;
+    for (uint32_t l = 0; l < params.n_layer; ++l) {
+        auto & cur = rows[get_dev(kv.layers[l].il)];
+        for (const auto & move : moves[l]) {
+            cur.push_back(move.src);
+        }
+        for (const auto & move : moves[l]) {
+            cur.push_back(move.dst);
+        }
+    }
+
+    if (std::all_of(rows.begin(), rows.end(), [](const auto & cur) { return cur.second.empty(); })) {
         return true;
     }
 
     commit_graph graph(*this, 16*params.n_layer + 16);
 
-    for (uint32_t il = 0; il < params.n_layer; ++il) {
-        if (moves[il].empty()) {
+    auto * ctx = graph.ctx.get();
+
+    std::map<ggml_backend_dev_t, ggml_tensor *> idxs;
+    std::map<ggml_backend_dev_t, int64_t>       first;
+
+    for (uint32_t l = 0; l < params.n_layer; ++l) {
+        const int64_t n = moves[l].size();
+        if (n == 0) {
             continue;
         }
 
-        std::vector<int32_t> src;
-        std::vector<int64_t> dst;
-        for (const auto & move : moves[il]) {
-            src.push_back(move.src);
-            dst.push_back(move.dst);
+        ggml_backend_dev_t dev = get_dev(kv.layers[l].il);
+
+        auto & cur = idxs[dev];
+        if (!cur) {
+            const int64_t n_all = rows[dev].size();
+            cur = graph.on_device(graph.input(GGML_TYPE_I32, std::move(rows[dev]), n_all), dev);
         }
 
-        ggml_tensor * idxs_src = graph.input(GGML_TYPE_I32, src, src.size());
-        ggml_tensor * idxs_dst = graph.input(GGML_TYPE_I64, dst, dst.size());
+        ggml_tensor * src = ggml_view_1d(ctx, cur, n,  first[dev]     *cur->nb[0]);
+        ggml_tensor * dst = ggml_view_1d(ctx, cur, n, (first[dev] + n)*cur->nb[0]);
+        first[dev] += 2*n;
 
-        for (ggml_tensor * t : { kv.layers[il].k, kv.layers[il].v }) {
-            ggml_tensor * raw = view_raw(graph.ctx.get(), t);
+        for (ggml_tensor * t : { kv.layers[l].k, kv.layers[l].v }) {
+            ggml_tensor * raw = view_raw(ctx, t);
 
             // note: all rows are read before the first one is written
-            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx.get(), raw, ggml_get_rows(graph.ctx.get(), raw, idxs_src), idxs_dst));
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, raw, ggml_get_rows(ctx, raw, src), dst));
         }
     }
 
-    return graph.compute("moves of cells");
+    return graph.compute("moves of cells", async);
 }
 
 //
@@ -1639,7 +1701,7 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch &
 
     const uint32_t n = ubatch.n_seq_tokens;
 
-    int64_t * data = (int64_t *) dst->data;
+    int32_t * data = (int32_t *) dst->data;
 
     for (size_t l = 0; l < kv.layers.size(); ++l) {
         for (llama_seq_id id : seq_ids_of(ubatch)) {
@@ -1710,14 +1772,20 @@ bool llama_kv_cache_lukv::use_ragged(int32_t il, uint32_t n_tokens) const {
 void llama_kv_cache_lukv::set_input_rot(ggml_tensor * dst) {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const uint32_t n = dst->ne[0];
-    for (uint32_t i = 0; i < n; ++i) {
-        for (uint32_t j = 0; j < n; ++j) {
-            bool odd = false;
-            for (uint32_t bits = i & j; bits != 0; bits &= bits - 1) {
-                odd = !odd;
+    float * data = (float *) dst->data;
+
+    // the matrix of twice the size consists of four of these, the last one negative
+    const int64_t n = dst->ne[0];
+    data[0] = 1.0f/sqrtf(n);
+    for (int64_t m = 1; m < n; m *= 2) {
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < m; ++j) {
+                const float x = data[i*n + j];
+
+                data[ i     *n + m + j] =  x;
+                data[(m + i)*n     + j] =  x;
+                data[(m + i)*n + m + j] = -x;
             }
-            ((float *) dst->data)[i*n + j] = (odd ? -1.0f : 1.0f)/sqrtf(n);
         }
     }
 }
@@ -1727,7 +1795,7 @@ static void fill_kq_mask(T * data, int64_t n_cols, const std::vector<llama_pos> 
         const llama_ubatch & ubatch, bool causal_attn, T visible, T hidden) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         T * row  = data + i*n_cols;
-        T * last = row  + n_cols - n_recent_pad + n_recent_seen(pos_recent, ubatch.pos[i], causal_attn);
+        T * last = row  + n_cols - N_MASK_ALIGN - n_recent_pad + n_recent_seen(pos_recent, ubatch.pos[i], causal_attn);
 
         std::fill(row,  last,         visible);
         std::fill(last, row + n_cols, hidden);
@@ -2032,9 +2100,25 @@ ggml_tensor * llm_graph_input_attn_kv_lukv::on_device(const llm_graph_context & 
     auto & res = copies[{ input, dev }];
     if (!res) {
         res = ggml_cont(gctx.ctx0, input);
-        ggml_backend_sched_set_tensor_backend(gctx.sched, res, find_backend(gctx.sched, dev));
+        if (ggml_backend_dev_supports_op(dev, res)) {
+            ggml_backend_sched_set_tensor_backend(gctx.sched, res, find_backend(gctx.sched, dev));
+        } else {
+            res = input;
+        }
     }
     return res;
+}
+
+// the columns of a mask for n_cells cells: the last ones, but for N_MASK_ALIGN
+static ggml_tensor * view_mask(ggml_context * ctx, ggml_tensor * mask, int64_t n_cells, bool align) {
+    const int64_t first = mask->ne[0] - N_MASK_ALIGN - n_cells;
+
+    if (align && first % N_MASK_ALIGN != 0) {
+        mask = ggml_cont(ctx, ggml_view_2d(ctx, mask, GGML_PAD(n_cells, N_MASK_ALIGN), mask->ne[1], mask->nb[1], first*mask->nb[0]));
+
+        return ggml_view_2d(ctx, mask, n_cells, mask->ne[1], mask->nb[1], 0);
+    }
+    return ggml_view_2d(ctx, mask, n_cells, mask->ne[1], mask->nb[1], first*mask->nb[0]);
 }
 
 std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
@@ -2055,7 +2139,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     inp->n_recent_pad  = kv->get_n_recent_pad(inp->seq_id);
     inp->ragged        = ubatch.n_tokens <= kv->n_tokens_ragged();
 
-    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_head_kv*ubatch.n_tokens, kv->get_n_layer());
+    inp->self_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_head_kv*ubatch.n_tokens, kv->get_n_layer());
     ggml_set_input(inp->self_idxs);
     ggml_set_name (inp->self_idxs, "attn_inp_idxs_lukv");
 
@@ -2070,7 +2154,7 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     if (!inp->ragged) {
         // flash attention requires an f16 mask
         inp->self_kq_mask = ggml_new_tensor_2d(ctx, cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32,
-                kv->get_n_cells_max(inp->seq_id), ubatch.n_tokens);
+                GGML_PAD(kv->get_n_cells_max(inp->seq_id), N_MASK_ALIGN) + N_MASK_ALIGN, ubatch.n_tokens);
         ggml_set_input(inp->self_kq_mask);
         ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
     }
@@ -2131,9 +2215,8 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * k = kv->get_k(ctx0, inp->seq_id, il, ih, n_cells);
         ggml_tensor * v = kv->get_v(ctx0, inp->seq_id, il, ih, n_cells);
 
-        // the last columns of the mask
-        ggml_tensor * kq_mask = inp->on_device(gctx, inp->self_kq_mask, il);
-        kq_mask = ggml_view_2d(ctx0, kq_mask, n_cells, kq_mask->ne[1], kq_mask->nb[1], (kq_mask->ne[0] - n_cells)*kq_mask->nb[0]);
+        ggml_tensor * kq_mask = view_mask(ctx0, inp->on_device(gctx, inp->self_kq_mask, il), n_cells,
+                gctx.cparams.flash_attn && ggml_backend_dev_type(kv->get_dev(il)) != GGML_BACKEND_DEVICE_TYPE_CPU);
         if (!gctx.cparams.flash_attn) {
             kq_mask = ggml_cont(ctx0, kq_mask); // required by the soft max
         }

@@ -173,7 +173,7 @@ public:
     ggml_tensor * view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const;
     ggml_tensor * view_segs(ggml_context * ctx, ggml_tensor * segs, int32_t il) const;
 
-    // rows of the tokens of the ubatch, which are the last recent ones: I64 [n_head_kv*n_tokens, n_layer]
+    // rows of the tokens of the ubatch, which are the last recent ones: I32 [n_head_kv*n_tokens, n_layer]
     void set_input_idxs(ggml_tensor * dst, const llama_ubatch & ubatch) const;
 
     // first row and number of cells of each head: I32 [2, n_head_kv, n_seqs, n_layer]
@@ -364,7 +364,7 @@ private:
 
     // the rows of each head that have to go, ascending: [eviction*n_heads + head]
     bool compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows);
-    bool compute_moves  (const cell_moves & moves);
+    bool compute_moves  (const cell_moves & moves, bool async = false);
 
     bool end_prefill(kv_seq & seq);
 
@@ -438,7 +438,7 @@ public:
     // copy an input to the device of a layer as a whole, once for all layers there: views of an input would be copied one by one
     ggml_tensor * on_device(const llm_graph_context & gctx, ggml_tensor * input, int il) const;
 
-    ggml_tensor * self_idxs     = nullptr; // I64 [n_head_kv*n_tokens, n_layer]
+    ggml_tensor * self_idxs     = nullptr; // I32 [n_head_kv*n_tokens, n_layer]
     ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_seqs, n_layer]
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
 

@@ -1,7 +1,7 @@
 // The ops of ggml-ragged.h on every backend that is there, against double precision.
 //
 //     test-ragged-ops [test]                             all cases
-//     test-ragged-ops perf [cells] [layers] [tokens] [even]   time of the attention of one step, 8 KV heads of size 128
+//     test-ragged-ops perf [cells] [layers] [tokens] [even]   time of the attention of one step and of the scores, 8 KV heads of size 128
 //
 // In perf, even = 1 gives all heads the same number of cells, and "uniform" is ggml_flash_attn_ext over as many cells as the ragged heads have on average.
 
@@ -475,6 +475,20 @@ static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens,
             const double ms = time_ms(backend, run.gf);
             printf("%s %5s %-8s %d cells x %d layers, %d tokens: %8.3f ms, %6.0f GB/s, %6.1f TFLOP/s\n", ggml_backend_name(backend), ggml_type_name(type),
                     ragged ? "ragged" : "uniform", n_cells, n_layer, n_tokens, ms, bytes/ms*1e-6, 4.0*d*n_gqa*n_head_kv*n_cells*n_layer*n_tokens/ms*1e-9);
+
+            if (ragged) {
+                runner run_score(backend);
+
+                std::vector<ggml_tensor *> scores;
+                for (int il = 0; il < n_layer; ++il) {
+                    scores.push_back(ggml_keydiff_ragged(run_score.ctx.get(), kvs[2*il], outs[il]->src[3]));
+                }
+                run_score.prepare(scores);
+
+                const double ms_score = time_ms(backend, run_score.gf);
+                printf("%s %5s scores   %d cells x %d layers: %8.3f ms, %6.0f GB/s\n", ggml_backend_name(backend), ggml_type_name(type),
+                        n_cells, n_layer, ms_score, bytes/ms_score*1e-6); // K twice
+            }
             fflush(stdout);
         }
     }

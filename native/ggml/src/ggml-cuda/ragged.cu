@@ -7,12 +7,12 @@
 
 // The ops of ggml-ragged.h
 //
-// The cells of all heads are cut into tiles, and every block gets the same number of consecutive tiles, whatever head they
-// belong to. A block that reaches from one head into the next one has a partial result for each. Between two consecutive
-// partial results either the block or the unit (a head, or a head and some of its queries) changes, hence block + unit
-// numbers them: no lists, and the same grid for every shape of the cache.
+// The cells of all segments (a KV head of a sequence) are cut into tiles, and every block gets the same number of consecutive
+// tiles, whatever segment they belong to. A block that reaches from one segment into the next one has a partial result for
+// each. Between two consecutive partial results either the block or the unit (a segment, or a segment and some of its queries)
+// changes, hence block + unit numbers them: no lists, and the same grid for every shape of the cache.
 
-static constexpr int RAGGED_MAX_HEADS = 256;
+static constexpr int RAGGED_MAX_SEGS = 512;
 
 static constexpr float LOG2E = 1.4426950408889634f;
 
@@ -48,20 +48,64 @@ static __host__ __device__ constexpr int n_tiles_of(const int n_cells, const int
     return (n_cells + tile_size - 1)/tile_size;
 }
 
-// [head]: first row and number of cells. returns the number of tiles of all heads, each counted n_units times
-static __device__ __forceinline__ int load_segs(
-        int2 * segs, const int32_t * segs_g, const int n_head_kv, const int n_units, const int tile_size) {
-    for (int h = threadIdx.x; h < n_head_kv; h += blockDim.x) {
-        segs[h] = make_int2(segs_g[2*h + 0], segs_g[2*h + 1]);
+static __device__ __forceinline__ uint32_t warp_prefix_sum(uint32_t x) { // x of this lane included
+#pragma unroll
+    for (int i = 1; i < WARP_SIZE; i *= 2) {
+        const uint32_t y = __shfl_up_sync(0xFFFFFFFF, x, i, WARP_SIZE);
+        if (threadIdx.x % WARP_SIZE >= i) {
+            x += y;
+        }
     }
-    __syncthreads();
-
-    int res = 0;
-    for (int h = 0; h < n_head_kv; ++h) {
-        res += n_tiles_of(segs[h].y, tile_size);
-    }
-    return n_units*res;
+    return x;
 }
+
+// the tiles of the segments, those of each segment n_units times
+struct seg_tiles {
+    const int32_t * segs;   // [n_segs][2]: first row and number of cells
+    const int     * first;  // [n_segs + 1], shared: first tile of each segment, and the number of all
+    int             n_segs;
+
+    // first: RAGGED_MAX_SEGS + 1 numbers of shared memory
+    __device__ __forceinline__ seg_tiles(
+            const int32_t * segs, const int n_segs, int * first, const int n_units, const int tile_size) :
+        segs(segs), first(first), n_segs(n_segs) {
+        if (threadIdx.x < WARP_SIZE) {
+            int sum = 0;
+            for (int i0 = 0; i0 < n_segs; i0 += WARP_SIZE) {
+                const int i    = i0 + threadIdx.x;
+                const int n    = i < n_segs ? n_units*n_tiles_of(segs[2*i + 1], tile_size) : 0;
+                const int last = sum + warp_prefix_sum(n);
+                if (i < n_segs) {
+                    first[i] = last - n;
+                }
+                sum = __shfl_sync(0xFFFFFFFF, last, WARP_SIZE - 1);
+            }
+            if (threadIdx.x == 0) {
+                first[n_segs] = sum;
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ int row    (const int seg) const { return segs[2*seg + 0]; }
+    __device__ __forceinline__ int n_cells(const int seg) const { return segs[2*seg + 1]; }
+    __device__ __forceinline__ int n_tiles(const int seg) const { return first[seg + 1] - first[seg]; }
+    __device__ __forceinline__ int n_all  ()              const { return first[n_segs]; }
+
+    // the segment that has a tile
+    __device__ __forceinline__ int find(const int tile) const {
+        int lo = 0;
+        for (int hi = n_segs; hi - lo > 1;) {
+            const int mid = (lo + hi)/2;
+            if (first[mid] <= tile) {
+                lo = mid;
+            } else {
+                hi = mid;
+            }
+        }
+        return lo;
+    }
+};
 
 //
 // rows of K and V
@@ -146,11 +190,11 @@ static __device__ __forceinline__ void load_chunk_f32(const char * row, const in
 static constexpr int FATTN_CONVERT_ROWS = 256;
 
 struct fattn_ragged_args {
-    const char    * q;       // F32 [D, n_head, n_tokens]
+    const char    * q;        // F32 [D, n_head, n_tokens*n_seqs]
     const char    * k;
     const char    * v;
-    const int32_t * segs;
-    const int32_t * n_hidden; // [n_tokens]
+    const int32_t * segs;     // [n_segs][2]
+    const int32_t * n_hidden; // [n_tokens*n_seqs]
 
     float  * part_o;         // [n_blocks + n_units][rows of a unit][D]
     float2 * part_ml;        // [n_blocks + n_units][rows of a unit]: maximum (of base 2) and sum
@@ -158,13 +202,19 @@ struct fattn_ragged_args {
     int64_t nb_q1;
     int64_t nb_q2;
 
+    int n_segs;              // n_head_kv*n_seqs
     int n_head_kv;
     int n_gqa;
-    int n_rows;              // n_gqa*n_tokens, the queries of a head: token by token, and within a token head by head
+    int n_tokens;            // of a sequence
+    int n_rows;              // n_gqa*n_tokens, the queries of a segment: token by token, and within a token head by head
     int n_row_blocks;
 
     float scale;
     float logit_softcap;     // 0 - none
+
+    // of a query
+    __device__ __forceinline__ int token(const int seg, const int row) const { return seg/n_head_kv*n_tokens + row/n_gqa; }
+    __device__ __forceinline__ int head (const int seg, const int row) const { return seg%n_head_kv*n_gqa    + row%n_gqa; }
 };
 
 // WM warps share a tile, each has 16 rows of queries. WC such groups work on tiles of their own
@@ -354,7 +404,7 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
 
     extern __shared__ __align__(128) char smem[];
 
-    __shared__ int2 segs[RAGGED_MAX_HEADS];
+    __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
 
     const int lane = threadIdx.x % WARP_SIZE;
     const int warp = threadIdx.x / WARP_SIZE;
@@ -370,25 +420,30 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
     char * const   tile_f16 = stages + STAGES*C::STAGE_BYTES; // quantised types only
     const uint32_t stages_s = __cvta_generic_to_shared(stages);
 
-    const tile_shares shares(load_segs(segs, args.segs, args.n_head_kv, args.n_row_blocks, TILE), gridDim.x);
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc(); // all blocks are resident: the next kernel can only start when there is room
+
+    const seg_tiles   tiles(args.segs, args.n_segs, first_tiles, args.n_row_blocks, TILE);
+    const tile_shares shares(tiles.n_all(), gridDim.x);
 
     const int t_begin = shares.first(blockIdx.x);
     const int t_end   = shares.first(blockIdx.x + 1);
+    if (t_begin == t_end) {
+        return;
+    }
 
-    int t_head = 0; // first tile of the head
-    for (int h = 0; h < args.n_head_kv && t_head < t_end; ++h) {
-        const int64_t row0    = segs[h].x;
-        const int     n_cells = segs[h].y;
+    for (int seg = tiles.find(t_begin); seg < args.n_segs && tiles.first[seg] < t_end; ++seg) {
+        const int64_t row0    = tiles.row(seg);
+        const int     n_cells = tiles.n_cells(seg);
         const int     n_tiles = n_tiles_of(n_cells, TILE);
+        const int     t_seg   = tiles.first[seg];
 
-        const int t_head_end = t_head + args.n_row_blocks*n_tiles;
-        if (t_head_end <= t_begin) {
-            t_head = t_head_end;
+        if (n_tiles == 0) {
             continue;
         }
 
-        for (int rb = max(t_begin - t_head, 0)/n_tiles; rb < args.n_row_blocks; ++rb) {
-            const int t_unit = t_head + rb*n_tiles;
+        for (int rb = max(t_begin - t_seg, 0)/n_tiles; rb < args.n_row_blocks; ++rb) {
+            const int t_unit = t_seg + rb*n_tiles;
             if (t_unit >= t_end) {
                 break;
             }
@@ -422,7 +477,7 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
 
             const auto q_row = [&](const int r) {
                 return r >= args.n_rows ? nullptr :
-                    (const float *) (args.q + r/args.n_gqa*args.nb_q2 + (h*args.n_gqa + r%args.n_gqa)*args.nb_q1);
+                    (const float *) (args.q + args.token(seg, r)*args.nb_q2 + args.head(seg, r)*args.nb_q1);
             };
             const auto load_q = [&](const float * row, const int col) {
                 float2 res = row ? *(const float2 *) (row + col) : make_float2(0.0f, 0.0f);
@@ -454,7 +509,7 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
             int n_seen[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                n_seen[j] = n_cells - args.n_hidden[min(r0 + fr + 8*j, args.n_rows - 1)/args.n_gqa];
+                n_seen[j] = n_cells - args.n_hidden[args.token(seg, min(r0 + fr + 8*j, args.n_rows - 1))];
             }
             const int n_seen_all = __reduce_min_sync(0xFFFFFFFF, min(n_seen[0], n_seen[1]));
 
@@ -609,7 +664,7 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
                 l[j] += __shfl_xor_sync(0xFFFFFFFF, l[j], 2);
             }
 
-            const int64_t slot    = blockIdx.x + h*args.n_row_blocks + rb;
+            const int64_t slot    = blockIdx.x + seg*args.n_row_blocks + rb;
             float  *      part_o  = args.part_o  + slot*C::ROWS*D;
             float2 *      part_ml = args.part_ml + slot*C::ROWS;
 
@@ -686,8 +741,6 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
             }
             __syncthreads(); // before the next unit writes to the stages
         }
-
-        t_head = t_head_end;
     }
 #else
     GGML_UNUSED(args);
@@ -703,24 +756,23 @@ struct unit_parts {
     int block0 = 0;
     int slot0  = 0;
 
-    // segs: shared memory
+    // first_tiles: shared memory
     __device__ __forceinline__ unit_parts(
-            const fattn_ragged_args & args, const int tile_size, const int n_blocks, const int h, const int rb, int2 * segs) :
-        shares(load_segs(segs, args.segs, args.n_head_kv, args.n_row_blocks, tile_size), n_blocks) {
-        const int n_tiles = n_tiles_of(segs[h].y, tile_size);
+            const fattn_ragged_args & args, const int tile_size, const int n_blocks, const int seg, const int rb, int * first_tiles) :
+        unit_parts(args, seg_tiles(args.segs, args.n_segs, first_tiles, args.n_row_blocks, tile_size), n_blocks, seg, rb) {}
+
+    __device__ __forceinline__ unit_parts(
+            const fattn_ragged_args & args, const seg_tiles & tiles, const int n_blocks, const int seg, const int rb) :
+        shares(tiles.n_all(), n_blocks) {
+        const int n_tiles = tiles.n_tiles(seg)/args.n_row_blocks;
         if (n_tiles == 0) {
             return;
         }
-
-        int t0 = 0;
-        for (int i = 0; i < h; ++i) {
-            t0 += n_tiles_of(segs[i].y, tile_size);
-        }
-        t0 = t0*args.n_row_blocks + rb*n_tiles;
+        const int t0 = tiles.first[seg] + rb*n_tiles;
 
         block0 = shares.block(t0);
         n      = shares.block(t0 + n_tiles - 1) - block0 + 1;
-        slot0  = block0 + h*args.n_row_blocks + rb;
+        slot0  = block0 + seg*args.n_row_blocks + rb;
     }
 
     __device__ __forceinline__ float2 load_ml(const fattn_ragged_args & args, const int i, const int n_rows_unit, const int r) const {
@@ -731,7 +783,7 @@ struct unit_parts {
 
 static constexpr int COMBINE_THREADS = 256;
 
-// few queries, many partial results: one block for each head, token and WIDTH columns
+// few queries, many partial results: one block for each query and WIDTH columns
 template <int D, int WIDTH>
 __launch_bounds__(COMBINE_THREADS)
 static __global__ void fattn_ragged_combine_parts(
@@ -743,16 +795,20 @@ static __global__ void fattn_ragged_combine_parts(
         const int     tile_size) {
     extern __shared__ float weights[]; // [n_blocks]
 
-    __shared__ int2  segs[RAGGED_MAX_HEADS];
+    __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
     __shared__ float acc[COMBINE_THREADS];
 
-    const int h    = blockIdx.x / args.n_rows;
+    const int seg  = blockIdx.x / args.n_rows;
     const int r    = blockIdx.x % args.n_rows;
-    const int head = h*args.n_gqa + r%args.n_gqa;
+    const int head = args.head(seg, r);
 
-    const unit_parts parts(args, tile_size, n_blocks, h, r/n_rows_unit, segs);
+    // what was there before the kernel that wrote the partial results
+    const unit_parts parts(args, tile_size, n_blocks, seg, r/n_rows_unit, first_tiles);
 
     const float sink = sinks ? sinks[head]*LOG2E : -INFINITY;
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
 
     // each warp finds the maximum and the sum of all
     float m = sink;
@@ -796,11 +852,11 @@ static __global__ void fattn_ragged_combine_parts(
         for (int g = 1; g < n_groups; ++g) {
             o += acc[g*WIDTH + threadIdx.x];
         }
-        dst[((int64_t) r/args.n_gqa*args.n_head_kv*args.n_gqa + head)*D + d] = l > 0.0f ? o/l : 0.0f;
+        dst[((int64_t) args.token(seg, r)*args.n_head_kv*args.n_gqa + head)*D + d] = l > 0.0f ? o/l : 0.0f;
     }
 }
 
-// many queries, few partial results: one warp for each head and token
+// many queries, few partial results: one warp for each query
 template <int D>
 __launch_bounds__(COMBINE_THREADS)
 static __global__ void fattn_ragged_combine_rows(
@@ -810,21 +866,24 @@ static __global__ void fattn_ragged_combine_rows(
         const int     n_blocks,
         const int     n_rows_unit,
         const int     tile_size) {
-    __shared__ int2 segs[RAGGED_MAX_HEADS];
+    __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
 
     // the rows of a block belong to one unit
-    const int h  = blockIdx.y;
-    const int r  = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) + threadIdx.x/WARP_SIZE;
-    const int rb = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) / n_rows_unit;
+    const int seg = blockIdx.y;
+    const int r   = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) + threadIdx.x/WARP_SIZE;
+    const int rb  = blockIdx.x*(COMBINE_THREADS/WARP_SIZE) / n_rows_unit;
 
-    const unit_parts parts(args, tile_size, n_blocks, h, rb, segs);
+    const unit_parts parts(args, tile_size, n_blocks, seg, rb, first_tiles);
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
 
     if (r >= args.n_rows) {
         return;
     }
 
     const int   lane = threadIdx.x % WARP_SIZE;
-    const int   head = h*args.n_gqa + r%args.n_gqa;
+    const int   head = args.head(seg, r);
     const float sink = sinks ? sinks[head]*LOG2E : -INFINITY;
 
     float m = sink;
@@ -863,7 +922,7 @@ static __global__ void fattn_ragged_combine_rows(
     for (int j = 0; j < N; ++j) {
         const int d = j*WARP_SIZE + lane;
         if (D/2 % WARP_SIZE == 0 || d < D/2) {
-            ((float2 *) (dst + ((int64_t) r/args.n_gqa*args.n_head_kv*args.n_gqa + head)*D))[d] = make_float2(inv*o[j].x, inv*o[j].y);
+            ((float2 *) (dst + ((int64_t) args.token(seg, r)*args.n_head_kv*args.n_gqa + head)*D))[d] = make_float2(inv*o[j].x, inv*o[j].y);
         }
     }
 }
@@ -896,7 +955,7 @@ static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * d
 
     const void * kernel   = (const void *) fattn_ragged<C>;
     const int    n_blocks = n_blocks_resident(kernel, C::N_THREADS, C::SMEM_BYTES);
-    const size_t n_parts  = size_t(n_blocks + args.n_head_kv*args.n_row_blocks)*C::ROWS;
+    const size_t n_parts  = size_t(n_blocks + args.n_segs*args.n_row_blocks)*C::ROWS;
 
     ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_parts*C::D);
     ggml_cuda_pool_alloc<float2> part_ml(ctx.pool(), n_parts);
@@ -904,26 +963,25 @@ static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * d
     args.part_o  = part_o.get();
     args.part_ml = part_ml.get();
 
-    fattn_ragged<C><<<n_blocks, C::N_THREADS, C::SMEM_BYTES, ctx.stream()>>>(args);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(fattn_ragged<C>, { dim3(n_blocks), C::N_THREADS, C::SMEM_BYTES, ctx.stream() }, args);
 
+    float       * res   = (float *) dst->data;
     const float * sinks = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
 
     if constexpr (C::WM == 1) {
         constexpr int WIDTH = C::D % 32 == 0 ? 32 : 16;
 
-        const dim3 grid(args.n_head_kv*args.n_rows, C::D/WIDTH);
-        fattn_ragged_combine_parts<C::D, WIDTH><<<grid, COMBINE_THREADS, n_blocks*sizeof(float), ctx.stream()>>>(
-                args, (float *) dst->data, sinks, n_blocks, C::ROWS, C::TILE);
+        const dim3 grid(args.n_segs*args.n_rows, C::D/WIDTH);
+        ggml_cuda_kernel_launch(fattn_ragged_combine_parts<C::D, WIDTH>, { grid, COMBINE_THREADS, n_blocks*(int) sizeof(float), ctx.stream() },
+                args, res, sinks, n_blocks, C::ROWS, C::TILE);
     } else {
         constexpr int rows_block = COMBINE_THREADS/WARP_SIZE;
         static_assert(C::ROWS % rows_block == 0, "bad config");
 
-        const dim3 grid((args.n_rows + rows_block - 1)/rows_block, args.n_head_kv);
-        fattn_ragged_combine_rows<C::D><<<grid, COMBINE_THREADS, 0, ctx.stream()>>>(
-                args, (float *) dst->data, sinks, n_blocks, C::ROWS, C::TILE);
+        const dim3 grid((args.n_rows + rows_block - 1)/rows_block, args.n_segs);
+        ggml_cuda_kernel_launch(fattn_ragged_combine_rows<C::D>, { grid, COMBINE_THREADS, 0, ctx.stream() },
+                args, res, sinks, n_blocks, C::ROWS, C::TILE);
     }
-    CUDA_CHECK(cudaGetLastError());
 }
 
 template <ggml_type type, int D>
@@ -966,17 +1024,19 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 
     fattn_ragged_args args = {};
 
-    args.q       = (const char *)    q->data;
-    args.k       = (const char *)    k->data;
-    args.v       = (const char *)    v->data;
-    args.segs    = (const int32_t *) segs->data;
+    args.q        = (const char *)    q->data;
+    args.k        = (const char *)    k->data;
+    args.v        = (const char *)    v->data;
+    args.segs     = (const int32_t *) segs->data;
     args.n_hidden = (const int32_t *) dst->src[4]->data;
-    args.nb_q1   = q->nb[1];
-    args.nb_q2   = q->nb[2];
+    args.nb_q1    = q->nb[1];
+    args.nb_q2    = q->nb[2];
 
+    args.n_segs    = segs->ne[1]*segs->ne[2];
     args.n_head_kv = segs->ne[1];
     args.n_gqa     = q->ne[1]/segs->ne[1];
-    args.n_rows    = args.n_gqa*q->ne[2];
+    args.n_tokens  = q->ne[2]/segs->ne[2];
+    args.n_rows    = args.n_gqa*args.n_tokens;
 
     args.scale         = ggml_get_op_params_f32(dst, 0);
     args.logit_softcap = ggml_get_op_params_f32(dst, 1);
@@ -1019,36 +1079,41 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 static constexpr int KEYDIFF_THREADS = 256;
 static constexpr int KEYDIFF_TILE    = 64;
 
+static constexpr int KEYDIFF_ANCHOR_THREADS = 1024;
+
 struct keydiff_args {
     const char    * k;
     const int32_t * segs;
 
-    float * part;   // [n_blocks + n_head_kv][D]: sums of normalised keys
-    float * anchor; // [n_head_kv][D]
+    float * part;   // [n_blocks + n_segs][D]: sums of normalised keys
+    float * anchor; // [n_segs][D]
     float * scores; // [n_rows]
 
-    int n_head_kv;
+    int n_segs;
 };
 
-// calls f(head, row, number of rows) for the parts of the heads that the block has
-template <typename F>
-static __device__ __forceinline__ void for_each_part(const int2 * segs, const int n_tiles_all, const int n_head_kv, const F & f) {
-    const tile_shares shares(n_tiles_all, gridDim.x);
+// calls f(segment, row, number of rows) for the parts of the segments that the block has
+template <bool backwards = false, typename F>
+static __device__ __forceinline__ void for_each_part(const seg_tiles & tiles, const F & f) {
+    const tile_shares shares(tiles.n_all(), gridDim.x);
 
     const int t_begin = shares.first(blockIdx.x);
     const int t_end   = shares.first(blockIdx.x + 1);
+    if (t_begin == t_end) {
+        return;
+    }
 
-    int t = 0;
-    for (int h = 0; h < n_head_kv && t < t_end; ++h) {
-        const int n_tiles = n_tiles_of(segs[h].y, KEYDIFF_TILE);
-        const int lo      = max(t_begin - t, 0);
-        const int hi      = min(t_end   - t, n_tiles);
+    const int first = tiles.find(t_begin);
+    const int last  = tiles.find(t_end - 1);
+    for (int i = first; i <= last; ++i) {
+        const int seg = backwards ? last + first - i : i;
+        const int lo  = max(t_begin - tiles.first[seg], 0);
+        const int hi  = min(t_end   - tiles.first[seg], tiles.n_tiles(seg));
 
         if (lo < hi) {
             const int cell = lo*KEYDIFF_TILE;
-            f(h, (int64_t) segs[h].x + cell, min(hi*KEYDIFF_TILE, segs[h].y) - cell);
+            f(seg, (int64_t) tiles.row(seg) + cell, min(hi*KEYDIFF_TILE, tiles.n_cells(seg)) - cell);
         }
-        t += n_tiles;
     }
 }
 
@@ -1089,16 +1154,19 @@ __launch_bounds__(KEYDIFF_THREADS)
 static __global__ void keydiff_sum(const keydiff_args args) {
     constexpr int NJ = (D/8 + 7)/8;
 
-    __shared__ int2  segs[RAGGED_MAX_HEADS];
+    __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
     __shared__ float sums[KEYDIFF_THREADS/WARP_SIZE][D];
 
-    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
 
     const int sub  = threadIdx.x % 8;
     const int slot = threadIdx.x / 8;
     const int warp = threadIdx.x / WARP_SIZE;
 
-    for_each_part(segs, n_tiles_all, args.n_head_kv, [&](const int h, const int64_t row, const int n) {
+    for_each_part(tiles, [&](const int seg, const int64_t row, const int n) {
         float acc[NJ][8] = {};
 
         // all threads of a warp take part in the sums
@@ -1136,54 +1204,71 @@ static __global__ void keydiff_sum(const keydiff_args args) {
             for (int w = 0; w < KEYDIFF_THREADS/WARP_SIZE; ++w) {
                 x += sums[w][d];
             }
-            args.part[(blockIdx.x + h)*D + d] = x;
+            args.part[(blockIdx.x + seg)*D + d] = x;
         }
         __syncthreads();
     });
 }
 
-// one block for each head
+// one block for each segment
 template <int D>
-__launch_bounds__(KEYDIFF_THREADS)
+__launch_bounds__(KEYDIFF_ANCHOR_THREADS)
 static __global__ void keydiff_anchor(const keydiff_args args, const int n_blocks) {
-    __shared__ int2  segs[RAGGED_MAX_HEADS];
-    __shared__ float warp_sums[KEYDIFF_THREADS/WARP_SIZE];
+    constexpr int n_groups = KEYDIFF_ANCHOR_THREADS/D;
 
-    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+    __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
+    __shared__ float sums[n_groups][D];
+    __shared__ float warp_sums[(D + WARP_SIZE - 1)/WARP_SIZE];
 
-    const int h = blockIdx.x;
+    const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
 
-    int t0 = 0;
-    for (int i = 0; i < h; ++i) {
-        t0 += n_tiles_of(segs[i].y, KEYDIFF_TILE);
-    }
-    const int t1 = t0 + n_tiles_of(segs[h].y, KEYDIFF_TILE);
+    const int seg = blockIdx.x;
+    const int t0  = tiles.first[seg];
+    const int t1  = tiles.first[seg + 1];
 
-    const tile_shares shares(n_tiles_all, n_blocks);
+    const tile_shares shares(tiles.n_all(), n_blocks);
+
+    const int d     = threadIdx.x % D;
+    const int group = threadIdx.x / D;
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
 
     float x = 0.0f;
-    if (threadIdx.x < D && t0 < t1) {
+    if (group < n_groups && t0 < t1) {
         const int b1 = shares.block(t1 - 1);
-        for (int b = shares.block(t0); b <= b1; ++b) {
-            if (!shares.empty(b)) {
-                x += args.part[(b + h)*D + threadIdx.x];
-            }
+#pragma unroll 4
+        for (int b = shares.block(t0) + group; b <= b1; b += n_groups) {
+            x += shares.empty(b) ? 0.0f : args.part[(b + seg)*D + d];
         }
     }
+    if (group < n_groups) {
+        sums[group][d] = x;
+    }
+    __syncthreads();
 
-    float sum = sum_threads<WARP_SIZE>(x*x);
-    if (threadIdx.x % WARP_SIZE == 0) {
+    const bool mine = threadIdx.x < D;
+
+    x = 0.0f;
+    if (mine) {
+#pragma unroll
+        for (int g = 0; g < n_groups; ++g) {
+            x += sums[g][d];
+        }
+    }
+    const float sum = sum_threads<WARP_SIZE>(x*x);
+    if (mine && threadIdx.x % WARP_SIZE == 0) {
         warp_sums[threadIdx.x/WARP_SIZE] = sum;
     }
     __syncthreads();
 
-    sum = 0.0f;
+    if (mine) {
+        float sum_all = 0.0f;
 #pragma unroll
-    for (int w = 0; w < KEYDIFF_THREADS/WARP_SIZE; ++w) {
-        sum += warp_sums[w];
-    }
-    if (threadIdx.x < D) {
-        args.anchor[h*D + threadIdx.x] = sum > 0.0f ? x*rsqrtf(sum) : 0.0f;
+        for (int w = 0; w < (D + WARP_SIZE - 1)/WARP_SIZE; ++w) {
+            sum_all += warp_sums[w];
+        }
+        args.anchor[seg*D + d] = sum_all > 0.0f ? x*rsqrtf(sum_all) : 0.0f;
     }
 }
 
@@ -1192,23 +1277,26 @@ __launch_bounds__(KEYDIFF_THREADS)
 static __global__ void keydiff_score(const keydiff_args args) {
     constexpr int NJ = (D/8 + 7)/8;
 
-    __shared__ int2 segs[RAGGED_MAX_HEADS];
+    __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
 
-    const int n_tiles_all = load_segs(segs, args.segs, args.n_head_kv, 1, KEYDIFF_TILE);
+    const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
 
     const int sub  = threadIdx.x % 8;
     const int slot = threadIdx.x / 8;
 
-    for_each_part(segs, n_tiles_all, args.n_head_kv, [&](const int h, const int64_t row, const int n) {
+    ggml_cuda_pdl_sync();
+
+    // the cells that were read last are still in the cache
+    for_each_part<true>(tiles, [&](const int seg, const int64_t row, const int n) {
         float anchor[NJ][8] = {};
 #pragma unroll
         for (int j = 0; j < NJ; ++j) {
             if (8*j + sub < D/8) {
-                load_chunk_f32<GGML_TYPE_F32>((const char *) (args.anchor + h*D), 8*j + sub, anchor[j]);
+                load_chunk_f32<GGML_TYPE_F32>((const char *) (args.anchor + seg*D), 8*j + sub, anchor[j]);
             }
         }
 
-        for (int i0 = 0; i0 < n; i0 += KEYDIFF_THREADS/8) {
+        for (int i0 = (n - 1)/(KEYDIFF_THREADS/8)*(KEYDIFF_THREADS/8); i0 >= 0; i0 -= KEYDIFF_THREADS/8) {
             const int i = i0 + slot;
 
             float       k[NJ][8];
@@ -1235,25 +1323,22 @@ template <ggml_type type, int D>
 static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     keydiff_args args = {};
 
-    args.k         = (const char *)    dst->src[0]->data;
-    args.segs      = (const int32_t *) dst->src[1]->data;
-    args.scores    = (float *)         dst->data;
-    args.n_head_kv = dst->src[1]->ne[1];
+    args.k      = (const char *)    dst->src[0]->data;
+    args.segs   = (const int32_t *) dst->src[1]->data;
+    args.scores = (float *)         dst->data;
+    args.n_segs = dst->src[1]->ne[1];
 
     const int n_blocks = n_blocks_resident((const void *) keydiff_sum<type, D>, KEYDIFF_THREADS, 0);
 
-    ggml_cuda_pool_alloc<float> part  (ctx.pool(), (n_blocks + args.n_head_kv)*D);
-    ggml_cuda_pool_alloc<float> anchor(ctx.pool(), args.n_head_kv*D);
+    ggml_cuda_pool_alloc<float> part  (ctx.pool(), (n_blocks + args.n_segs)*D);
+    ggml_cuda_pool_alloc<float> anchor(ctx.pool(), args.n_segs*D);
 
     args.part   = part.get();
     args.anchor = anchor.get();
 
-    keydiff_sum<type, D><<<n_blocks, KEYDIFF_THREADS, 0, ctx.stream()>>>(args);
-    CUDA_CHECK(cudaGetLastError());
-    keydiff_anchor<D><<<args.n_head_kv, KEYDIFF_THREADS, 0, ctx.stream()>>>(args, n_blocks);
-    CUDA_CHECK(cudaGetLastError());
-    keydiff_score<type, D><<<n_blocks, KEYDIFF_THREADS, 0, ctx.stream()>>>(args);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(keydiff_sum<type, D>,   { dim3(n_blocks),    KEYDIFF_THREADS,        0, ctx.stream() }, args);
+    ggml_cuda_kernel_launch(keydiff_anchor<D>,      { dim3(args.n_segs), KEYDIFF_ANCHOR_THREADS, 0, ctx.stream() }, args, n_blocks);
+    ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks),    KEYDIFF_THREADS,        0, ctx.stream() }, args);
 }
 
 template <ggml_type type>
@@ -1295,17 +1380,6 @@ static constexpr int BOTTOM_K_UNROLL  = 4;
 static __device__ __forceinline__ uint32_t float_to_ordered(const float x) {
     const uint32_t u = __float_as_uint(x);
     return isnan(x) ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
-}
-
-static __device__ __forceinline__ uint32_t warp_prefix_sum(uint32_t x) { // x of this lane included
-#pragma unroll
-    for (int i = 1; i < WARP_SIZE; i *= 2) {
-        const uint32_t y = __shfl_up_sync(0xFFFFFFFF, x, i, WARP_SIZE);
-        if (threadIdx.x % WARP_SIZE >= i) {
-            x += y;
-        }
-    }
-    return x;
 }
 
 // one block for each segment: radix select
@@ -1459,12 +1533,12 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
 
             return cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
                 is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
-                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1] <= RAGGED_MAX_HEADS && dst->src[3]->ne[2] == 1;
+                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1]*dst->src[3]->ne[2] <= RAGGED_MAX_SEGS;
         }
         case GGML_OP_KEYDIFF_RAGGED: {
             const ggml_tensor * k = dst->src[0];
 
-            return (is_type(k) || k->type == GGML_TYPE_F32) && is_head_size(k) && dst->src[1]->ne[1] <= RAGGED_MAX_HEADS;
+            return (is_type(k) || k->type == GGML_TYPE_F32) && is_head_size(k) && dst->src[1]->ne[1] <= RAGGED_MAX_SEGS;
         }
         case GGML_OP_BOTTOM_K_RAGGED:
             return true;
