@@ -348,6 +348,6 @@ std::vector<uint32_t> llama_lukv_params::get_n_cells(uint32_t n_tokens) const {
     return res;
 }
 
-bool llama_lukv_bounded(const llama_context * ctx) {
+bool llama_lukv_is_bounded(const llama_context * ctx) {
     return llama_lukv_enabled(ctx) && ctx->get_model().lukv->policy == LLAMA_LUKV_POLICY_CAPACITY;
 }

@@ -2,7 +2,7 @@
 
     python embed_tables.py FOLDER OUTPUT
 
-OUTPUT gets generated/*.gguf, as far as there are KV heads to share a budget, and plain.gguf and lukv.gguf.
+OUTPUT gets generated/*.gguf, those of the architectures that run with budgets, and plain.gguf and lukv.gguf.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from test_native import metadata, uneven_budget  # noqa: E402
-from tiny_gguf import write_tiny  # noqa: E402
+from tiny_gguf import ARCHITECTURES, write_tiny  # noqa: E402
 
-from lukv_gguf.errors import LukvError  # noqa: E402
 from lukv_gguf.gguf_header import read_header  # noqa: E402
 from lukv_gguf.metadata import embed, model_shape  # noqa: E402
 
 RATIO = 0.5
 
+
 def embed_budgets(source: Path, target: Path) -> None:
     n_layer, n_head_kv = model_shape(read_header(source))
     embed(source, target, metadata(uneven_budget(n_layer, n_head_kv, RATIO), RATIO))
 
+
 def main() -> None:
     folder, output = map(Path, sys.argv[1:])
     (output / "generated").mkdir(parents=True, exist_ok=True)
-    embedded = []
-    for source in sorted(folder.glob("*.gguf")):
-        try:
-            embed_budgets(source, output / "generated" / source.name)
-            embedded.append(source.stem)
-        except LukvError as error:  # no KV cache, or not the same in all layers
-            print(error)
-    print(f"{len(embedded)} models have a table: {', '.join(embedded)}")
+    for path in (output / "generated").iterdir():
+        path.unlink()
+    chosen = [path for path in sorted(folder.glob("*.gguf")) if read_header(path).value("general.architecture") in ARCHITECTURES]
+    for source in chosen:
+        embed_budgets(source, output / "generated" / source.name)
+    print(f"{len(chosen)} models have a table: {', '.join(path.stem for path in chosen)}")
     write_tiny(output / "plain.gguf", n_layer=3, d_head=64, n_ctx=2048)
     embed_budgets(output / "plain.gguf", output / "lukv.gguf")
-    sys.exit(not embedded)
+    sys.exit(not chosen)
+
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 #include "llama-lukv.h"
 
+#include <algorithm>
 #include <cstdint>
 
 // cells of a KV cache that is budgeted per head
@@ -28,8 +29,8 @@ struct server_lukv_usage {
 
         for (int32_t il = 0; il < llama_lukv_n_layer(ctx); ++il) {
             for (int32_t ih = 0; ih < llama_lukv_n_head_kv(ctx); ++ih) {
-                res.n_used  += llama_lukv_n_cells_used (ctx, il, ih);
-                res.n_owned += llama_lukv_n_cells_owned(ctx, il, ih);
+                res.n_used  += std::max(0, llama_lukv_n_cells_used (ctx, il, ih)); // -1: the layer has no budgets
+                res.n_owned += std::max(0, llama_lukv_n_cells_owned(ctx, il, ih));
             }
         }
 
