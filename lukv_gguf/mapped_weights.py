@@ -17,7 +17,7 @@ from typing import Any
 
 from lukv_gguf.reference.gguf_file import GGUFFile
 
-_NO_PREFETCH = "LLAMA_MMAP_NO_PREFETCH"  # patches/0006: read by llama.cpp when it maps a file
+_NO_PREFETCH = "LLAMA_MMAP_NO_PREFETCH"  # patches/0007: read by llama.cpp when it maps a file
 _MADV_WILLNEED, _MADV_DONTNEED = 3, 4
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*)$")

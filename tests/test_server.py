@@ -116,7 +116,7 @@ def test_metrics_and_slots(start: Start, embedded: Path, tiny: TinyModel) -> Non
     server = start(embedded, "--metrics", "--slots", "--parallel", 1)
     heads = tiny.n_layer * tiny.n_head_kv
     before = server.metrics()
-    assert before["lukv_evictions_total"] == before["lukv_cells_used"] == 0
+    assert before["lukv_evictions_total"] == before["lukv_cells_evicted_total"] == before["lukv_cells_used"] == 0
     assert before["lukv_ratio"] == pytest.approx(RATIO)
     assert before["lukv_cells_owned"] == pytest.approx(RATIO * N_CTX * heads, abs=heads)
     server.complete(random_tokens(20), n=4)
@@ -125,18 +125,22 @@ def test_metrics_and_slots(start: Start, embedded: Path, tiny: TinyModel) -> Non
     server.complete(random_tokens(200, seed=1), n=100)
     after = server.metrics()
     assert after["lukv_evictions_total"] >= 3
+    assert after["lukv_cells_evicted_total"] >= 300 * heads - after["lukv_cells_owned"] - N_UBATCH * heads
     assert 0 < after["lukv_cells_used"] <= after["lukv_cells_owned"] + N_UBATCH * heads
     cell = 2 * tiny.d_head * 2  # K and V, f16
     assert after["lukv_bytes"] >= after["lukv_cells_owned"] * cell
+    assert after["lukv_bytes"] < after["lukv_bytes_full"] == N_CTX * heads * cell
     (slot,) = json.loads(server.get("/slots"))
     assert slot["n_ctx"] == N_TRAINED  # positions are the limit, not cells
+    assert slot["lukv"] == {"n_cells_used": after["lukv_cells_used"], "n_cells_owned": after["lukv_cells_owned"]}
 
 
 def test_a_stock_cache_has_no_such_metrics(start: Start, tiny: TinyModel) -> None:
     server = start(tiny.path, "--metrics", "--slots", "--parallel", 1)
     server.complete(random_tokens(20), n=4)
     assert not [name for name in server.metrics() if name.startswith("lukv")]
-    assert json.loads(server.get("/slots"))[0]["n_ctx"] == N_CTX
+    (slot,) = json.loads(server.get("/slots"))
+    assert slot["n_ctx"] == N_CTX and "lukv" not in slot
 
 
 class TestPastTheContext:
@@ -304,5 +308,18 @@ class TestParallel:
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda prompt: server.complete(prompt, n=80), prompts))
         assert [len(answer["tokens"]) for answer in answers] == [80] * 4
-        found = server.metrics()
+        found, slots = server.metrics(), json.loads(server.get("/slots"))
         assert found["lukv_evictions_total"] > 0 and found["lukv_cells_used"] <= found["lukv_cells_owned"] + 6 * N_UBATCH
+        assert sum(slot["lukv"]["n_cells_used"] for slot in slots) == found["lukv_cells_used"]
+        assert all(0 < slot["lukv"]["n_cells_owned"] < found["lukv_cells_owned"] for slot in slots)
+
+    def test_metrics_while_it_decodes(self, start: Start, embedded: Path) -> None:
+        server = start(embedded, "--metrics", "--slots")
+        with ThreadPoolExecutor(4) as pool:
+            busy = [pool.submit(server.complete, random_tokens(150, seed=n), n=200) for n in range(4)]
+            evictions = []
+            while not all(request.done() for request in busy):
+                evictions.append(server.metrics()["lukv_evictions_total"])
+                assert len(json.loads(server.get("/slots"))) == 4
+        assert evictions == sorted(evictions) and len(set(evictions)) > 3
+        assert all(len(request.result()["tokens"]) == 200 for request in busy)

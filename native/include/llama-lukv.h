@@ -21,9 +21,6 @@ extern "C" {
     LLAMA_API uint64_t llama_lukv_memory_size     (const struct llama_context * ctx);
     LLAMA_API uint64_t llama_lukv_memory_size_full(const struct llama_context * ctx);
 
-    // true if sequences can grow beyond n_ctx, because cells are evicted as new ones are needed (policy "capacity")
-    LLAMA_API bool llama_lukv_is_bounded(const struct llama_context * ctx);
-
     // the functions below return 0 if ctx is not budgeted
 
     LLAMA_API int32_t llama_lukv_n_layer  (const struct llama_context * ctx);

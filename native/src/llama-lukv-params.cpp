@@ -1,10 +1,7 @@
 #include "llama-lukv-params.h"
 
-#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-hparams.h"
-#include "llama-lukv.h"
-#include "llama-model.h"
 #include "llama-model-loader.h"
 
 #include <algorithm>
@@ -346,8 +343,4 @@ std::vector<uint32_t> llama_lukv_params::get_n_cells(uint32_t n_tokens) const {
     }
 
     return res;
-}
-
-bool llama_lukv_is_bounded(const llama_context * ctx) {
-    return llama_lukv_enabled(ctx) && ctx->get_model().lukv->policy == LLAMA_LUKV_POLICY_CAPACITY;
 }
