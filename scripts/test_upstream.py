@@ -25,7 +25,7 @@ from filelock import FileLock
 
 MEMORY = (
     "test-batch-alloc", "test-save-load-state", "plain-thread-safety", "plain-state-restore-fragmented",
-    "lukv-save-load-state", "lukv-thread-safety", "lukv-state-restore-fragmented",
+    "lukv-save-load-state-all", "lukv-thread-safety", "lukv-state-restore-fragmented",
 )  # fmt: skip
 FIXTURES = ("test-generate-models", "lukv-tables")  # models that others need
 DOWNLOADING = {  # or passing without a model that is downloaded; on a random one they are called plain-*
