@@ -313,6 +313,28 @@ class TestParallel:
         assert sum(slot["lukv"]["n_cells_used"] for slot in slots) == found["lukv_cells_used"]
         assert all(0 < slot["lukv"]["n_cells_owned"] < found["lukv_cells_owned"] for slot in slots)
 
+    def test_a_saved_slot_goes_on_in_another(self, start: Start, embedded: Path, tmp_path: Path) -> None:
+        prompt, more = random_tokens(60), random_tokens(10, seed=1)
+        server = start(embedded, *FULL, "--slot-save-path", tmp_path)
+        following = prompt + server.complete(prompt, id_slot=0)["tokens"][:-1] + more
+        assert server.post("/slots/0?action=save", filename="slot.bin")["n_saved"] == 60 + 16 - 1
+        want = server.complete(following, id_slot=0)
+        server.complete(random_tokens(40, seed=2), id_slot=2)
+        assert server.post("/slots/2?action=restore", filename="slot.bin")["n_restored"] == 75
+        got = server.complete(following, id_slot=2)
+        assert got["tokens"] == want["tokens"] and got["timings"]["cache_n"] == want["timings"]["cache_n"] == 75
+        assert server.post("/slots/2?action=erase")["n_erased"] > 0
+        assert server.complete(following, id_slot=0)["tokens"] == want["tokens"]
+
+    @pytest.mark.parametrize("options", [FULL, ()], ids=["full", "evicting"])
+    def test_several_answers_to_one_prompt(self, start: Start, embedded: Path, options: tuple[str, ...]) -> None:
+        """The prompt is read once, and its cells are copied to the other slots."""
+        server = start(embedded, "--metrics", *options)
+        answers = server.complete(random_tokens(50), n=30, n_cmpl=3)  # copies do not share cells: 240 in all
+        assert len(answers) == 3 and {len(answer["tokens"]) for answer in answers} == {30}
+        assert len({tuple(answer["tokens"]) for answer in answers}) == 1  # greedy, so all the same
+        assert server.metrics()["prompt_tokens_total"] == 50
+
     def test_metrics_while_it_decodes(self, start: Start, embedded: Path) -> None:
         server = start(embedded, "--metrics", "--slots")
         with ThreadPoolExecutor(4) as pool:
