@@ -57,7 +57,8 @@ def main() -> None:
     total = whole.read()
 
     file = GGUFFile(arguments.model)
-    n_weight = sum(file.shape(name)[0] * file.shape(name)[1] for name, *_ in file.extents() if name.startswith("blk.") and len(file.shape(name)) == 2)
+    shapes = [file.shape(name) for name, *_ in file.extents() if name.startswith("blk.")]
+    n_weight = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
     parts = {"context": calls[:1], "questions": calls[1:2], "answers": calls[2:]}
     print(f"{'':>10} {'tokens':>7} {'wall s':>8} {'CPU s':>8}  GFLOP of the weights' products per CPU s")
     for name, found in parts.items():

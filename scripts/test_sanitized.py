@@ -37,14 +37,15 @@ def build(folder: Path) -> Path:
     (folder / "upstream").mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "upstream" / "lock"):
         source, target = patched_source(folder / "upstream"), folder / "sanitized"
-        configure = [programs / "cmake", "-S", source, "-B", target, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}"]
+        configure = [programs / "cmake", "-S", source, "-B", target, "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}"]
         for command in ([*configure, *OPTIONS], [programs / "ninja", "-C", target, "llama"]):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 fail(f"the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
         libraries = target / "bin"
-        ops = ["c++", "-std=c++17", *SANITIZERS, f"-I{source / 'ggml' / 'include'}", ROOT / "tests" / "native" / "test-ragged-ops.cpp"]
-        ops += [f"-L{libraries}", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}", "-o", libraries / "test-ragged-ops"]
+        ops = ["c++", "-std=c++17", *SANITIZERS, f"-I{source / 'ggml' / 'include'}"]
+        ops += [ROOT / "tests" / "native" / "test-ragged-ops.cpp", f"-L{libraries}", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}", "-o", libraries / "test-ragged-ops"]
         subprocess.run(ops, check=True)
     return libraries
 
@@ -63,7 +64,7 @@ def main() -> None:
     libraries = build(cache_dir())
     # Python is not sanitized, so the sanitizers have to be there first; so must libstdc++, whose exceptions they watch
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
-    found = [subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    preloaded = [subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip() for name in names]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder}/asan",
@@ -72,7 +73,7 @@ def main() -> None:
         ops = subprocess.run([libraries / "test-ragged-ops"], env=environment)
         options = options or ["tests/test_native.py", "-m", "not real_model", "-k", "not damaged"]  # those run programs
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-        python = {"LD_PRELOAD": " ".join(found), "LLAMA_CPP_LIB_PATH": str(libraries)}
+        python = {"LD_PRELOAD": " ".join(preloaded), "LLAMA_CPP_LIB_PATH": str(libraries)}
         tests = subprocess.run(command, cwd=ROOT, env=environment | python)
         reports = sorted(Path(folder).iterdir())
         for report in reports:

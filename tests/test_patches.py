@@ -74,7 +74,7 @@ def test_patches_move_with_code_that_changed_around_them(source: Path, trees: tu
     """Lines above, and a changed line of a hunk's context: exact application fails, the merge does not."""
     old, new = trees
     text = (new / GRAPH).read_text()
-    context = "    const auto * mctx_cur = static_cast<const llama_kv_cache_context *>(mctx);\n\n    auto inp = build_attn_inp_kv_impl"
+    context = "= static_cast<const llama_kv_cache_context *>(mctx);\n\n    auto inp = build_attn_inp_kv_impl"
     assert text.count(context) == 1
     changed = "// a new line\n" * 7 + text.replace(context, context.replace("inp = ", "the_input = "))
     (new / GRAPH).write_text(changed)

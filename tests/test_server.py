@@ -38,10 +38,11 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = log
-        command = [runtime.program("llama-server"), "-m", model, "--host", "127.0.0.1", "--port", self.port, "--no-webui"]
-        command += ["-c", N_CTX, "-ub", N_UBATCH, "-b", 2 * N_UBATCH, "-t", 1, "--temp", 0, "--no-warmup", "-fit", "off", *options]
+        command = [runtime.program("llama-server"), "-m", model, "--host", "127.0.0.1", "--port", self.port]
+        command += ["-c", N_CTX, "-ub", N_UBATCH, "-b", 2 * N_UBATCH, "-t", 1, "--no-webui", "--no-warmup", "-fit", "off"]
         with log.open("w") as out:
-            self._process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+            self._process = subprocess.Popen([str(part) for part in [*command, *options]], **streams)
 
     def wait(self) -> None:
         """Return when it answers."""
@@ -284,7 +285,8 @@ def test_embeddings(start: Start, embedded: Path, tiny: TinyModel) -> None:
     servers = ((tiny.path, EXACT), (embedded, FULL), (embedded, EXACT))
     stock, full, server = (start(model, *options, *more) for model, more in servers)
     for n in (20, 60, 20):
-        want, got, bounded = (np.ravel(s.post("/embedding", content=random_tokens(n))[0]["embedding"]) for s in (stock, full, server))
+        found = [s.post("/embedding", content=random_tokens(n))[0]["embedding"] for s in (stock, full, server)]
+        want, got, bounded = map(np.ravel, found)
         np.testing.assert_allclose(got, want, atol=1e-5)
         np.testing.assert_allclose(bounded, want, atol=1e-5)  # nothing is evicted within a ubatch
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own tests that exercise memory pass with budgets per head: those that take seconds, see scripts/test_upstream.py."""
+"""llama.cpp's own tests that exercise memory pass with budgets per head; those that take seconds."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def main() -> None:
     for name in ("all", "few"):
         shutil.rmtree(output / name, ignore_errors=True)
         (output / name).mkdir(parents=True)
-    chosen = [path for path in sorted(folder.glob("*.gguf")) if read_header(path).value("general.architecture") in ARCHITECTURES]
+    generated = sorted(folder.glob("*.gguf"))
+    chosen = [path for path in generated if read_header(path).value("general.architecture") in ARCHITECTURES]
     for source in chosen:
         embed_budgets(source, output / "all" / source.name)
         if source.stem in FEW:
