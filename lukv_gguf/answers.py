@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 
 from lukv_gguf import runtime
 from lukv_gguf.errors import LukvError
+from lukv_gguf.mapped_weights import MappedWeights, mapped_on_demand
+from lukv_gguf.reference.gguf_file import GGUFFile
 
+_RELEASE_BYTES = 1 << 30  # a larger file does not stay resident: its pages are given back layer by layer
 _BATCH = 512  # tokens of one call into llama.cpp: an interrupt waits no longer than for these
 _QUERIES_AT_ONCE = 63  # sequences in one cache, besides that of the shared context
 
@@ -65,8 +68,8 @@ def decode_answers(
     room = max(sum(len(suffix) + n_new for suffix in group) for group in groups)
     total = len(prefix) + sum(len(suffix) + n_new - 1 for suffix in suffixes)
     n_sequence = 1 + max(map(len, groups))
-    with _context(path, max(n_ctx, len(prefix) + room), n_sequence, n_threads) as (llama, context):
-        decoder = _Decoder(llama, context, path, total, progress)
+    with _context(path, max(n_ctx, len(prefix) + room), n_sequence, n_threads) as (llama, context, weights):
+        decoder = _Decoder(llama, context, weights, path, total, progress)
         decoder.read([(token, i, 0, False) for i, token in enumerate(prefix)])
         answers = [answer for group in groups for answer in _answer(decoder, group, len(prefix), n_new, end_tokens)]
     if progress is not None:
@@ -100,9 +103,15 @@ class _Decoder:
     """One llama.cpp context, fed with (token, position, sequence, wants a successor)."""
 
     def __init__(
-        self, llama: Any, context: Any, path: str | Path, total: int, progress: Callable[[int, int], None] | None
+        self,
+        llama: Any,
+        context: Any,
+        weights: MappedWeights | None,
+        path: str | Path,
+        total: int,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._llama, self._context, self._path = llama, context, path
+        self._llama, self._context, self._weights, self._path = llama, context, weights, path
         model = llama.llama_get_model(context)
         self._n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         self._done, self._total, self._progress = 0, total, progress
@@ -125,7 +134,10 @@ class _Decoder:
                 for i, (token, position, sequence, wanted) in enumerate(part):
                     batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
                     batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                if self._llama.llama_decode(self._context, batch):
+                failed = self._llama.llama_decode(self._context, batch)
+                if self._weights is not None:
+                    self._weights.finish()
+                if failed:
                     raise LukvError(f"{self._path}: llama.cpp could not decode; see its log for the reason")
             finally:
                 self._llama.llama_batch_free(batch)
@@ -141,8 +153,10 @@ class _Decoder:
 
 
 @contextmanager
-def _context(path: str | Path, n_ctx: int, n_sequence: int, n_threads: int | None) -> Iterator[tuple[Any, Any]]:
-    """A llama.cpp context with a full cache that all sequences share."""
+def _context(
+    path: str | Path, n_ctx: int, n_sequence: int, n_threads: int | None
+) -> Iterator[tuple[Any, Any, MappedWeights | None]]:
+    """A llama.cpp context with a full cache that all sequences share, and the weights if they are given back."""
     from lukv_gguf.reference.tokenizer import import_llama_cpp
 
     llama = import_llama_cpp()
@@ -152,11 +166,16 @@ def _context(path: str | Path, n_ctx: int, n_sequence: int, n_threads: int | Non
     params = llama.llama_model_default_params()
     params.kv_overrides = ctypes.cast(off, type(params.kv_overrides))
     params.use_extra_bufts = False  # no second, repacked copy of the weights in memory
-    model = llama.llama_model_load_from_file(str(path).encode(), params)
+    on_demand = MappedWeights.is_supported() and not runtime.has_gpu() and GGUFFile(path).n_byte > _RELEASE_BYTES
+    with mapped_on_demand() if on_demand else nullcontext():
+        model = llama.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise LukvError(f"{path}: llama.cpp cannot load the model")
+    weights = MappedWeights(path) if on_demand else None
     try:
         options = llama.llama_context_default_params()
+        if weights is not None:
+            options.cb_eval = weights.callback
         options.n_ctx, options.n_seq_max, options.kv_unified, options.swa_full = n_ctx, n_sequence, True, True
         options.n_batch = options.n_ubatch = _BATCH
         if not runtime.has_gpu():  # many queries over one prefix: on a CPU a matrix product is faster
@@ -166,7 +185,7 @@ def _context(path: str | Path, n_ctx: int, n_sequence: int, n_threads: int | Non
         if not context:
             raise LukvError(f"{path}: llama.cpp cannot make a context of {n_ctx} tokens; is there enough memory?")
         try:
-            yield llama, context
+            yield llama, context, weights
         finally:
             llama.llama_free(context)
     finally:

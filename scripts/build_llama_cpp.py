@@ -22,7 +22,6 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SDIST = "llama-cpp-python==0.3.36"
-SDIST_FILE = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
 PROGRAMS = ["llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-completion", "ggml-rpc-server"]
@@ -98,33 +97,40 @@ def build_key(options: list[str]) -> str:
     return key.hexdigest()[:16]
 
 
-def fetch_sdist(folder: Path) -> Path:
-    path = folder / SDIST_FILE
-    if path.exists() and sha256(path) == SDIST_SHA256:
+def fetch_sdist(folder: Path, requirement: str = SDIST, expected: str | None = SDIST_SHA256) -> Path:
+    """Path of a source archive, whose sha256 must be `expected` if that is given."""
+    path = folder / f"{requirement.replace('-', '_').replace('==', '-')}.tar.gz"
+    if path.exists() and expected in (None, sha256(path)):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        print(f"fetching {SDIST}", file=sys.stderr)
+        print(f"fetching {requirement}", file=sys.stderr)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        pip += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", temporary, SDIST]
+        pip += ["--no-binary", "llama-cpp-python", "--no-build-isolation", "--dest", temporary, requirement]
         result = subprocess.run(pip, capture_output=True, text=True)
         if result.returncode:
-            fail(f"cannot download {SDIST}: {result.stderr.strip().splitlines()[-1]}")
-        found = Path(temporary) / SDIST_FILE
-        if sha256(found) != SDIST_SHA256:
-            fail(f"{SDIST_FILE} is not the file that the patches are made for (sha256 {sha256(found)})")
+            fail(f"cannot download {requirement}: {result.stderr.strip().splitlines()[-1]}")
+        found = Path(temporary) / path.name
+        if expected not in (None, sha256(found)):
+            fail(f"{path.name} is not the file that the patches are made for (sha256 {sha256(found)})")
         found.replace(path)
     return path
+
+
+def git_apply(diff: str, tree: Path) -> subprocess.CompletedProcess[str]:
+    """Apply a patch without fuzz to a tree; all of it or nothing."""
+    # not inside a repository: the paths are relative to the current folder
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "GIT_DIR": os.devnull}
+    command = ["git", "apply", "--verbose", "-"]
+    return subprocess.run(command, cwd=tree, env=environment, input=diff, capture_output=True, text=True)
 
 
 def prepare(sdist: Path, folder: Path, key: str) -> Path:
     """Unpack the source, apply the patches without fuzz and add the new files."""
     shutil.unpack_archive(sdist, folder, filter="data")
-    source = folder / SDIST_FILE.removesuffix(".tar.gz")
+    source = folder / sdist.name.removesuffix(".tar.gz")
     for patch in sorted((ROOT / "patches").glob("*.patch")):
-        # not inside a repository: the paths are relative to the current folder
-        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder), "GIT_DIR": os.devnull}
-        result = subprocess.run(["git", "apply", str(patch)], cwd=source, env=environment, capture_output=True, text=True)
+        result = git_apply(patch.read_text(), source)
         if result.returncode:
             fail(f"{patch.name} does not apply: {result.stderr.strip()}")
     shutil.copytree(ROOT / "native", source / "vendor" / "llama.cpp", dirs_exist_ok=True)

@@ -1,14 +1,15 @@
 """Write a random 8B-shaped Q4_0 model, profile it, and say how much memory each stage took (Linux).
 
-    python scripts/profile_memory.py --folder FOLDER [options of lukv-gguf profile]
+    python scripts/profile_memory.py --folder FOLDER [--limit GIB] [options of lukv-gguf profile]
 
-Two figures a stage: memory of the process's own, and all that is resident. While llama.cpp answers, the latter includes
-the mapped model file, whose pages the system takes back when it needs them.
+Two figures a stage: memory of the process's own, and all that is resident, mapped pages of the model file included. With
+--limit the kernel enforces one (a memory cgroup, so it needs root): file pages in the system's cache count there, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -89,21 +90,53 @@ def status(pid: int) -> dict[str, int]:
     return {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", text, re.M)}
 
 
+class Limit:
+    """A memory cgroup, version 1 or 2. Processes that join it get no more than `n_byte` together, or are killed."""
+
+    def __init__(self, n_byte: int) -> None:
+        root = Path("/sys/fs/cgroup")
+        version_1 = (root / "memory").is_dir()
+        self._folder = (root / "memory" if version_1 else root) / "lukv-profile-memory"
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(n_byte))
+        self._peak = self._folder / ("memory.max_usage_in_bytes" if version_1 else "memory.peak")
+
+    def join(self) -> None:
+        """Put this process into it."""
+        (self._folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def close(self) -> int:
+        """Remove it, and return the most bytes that were in use."""
+        peak = int(self._peak.read_text())
+        self._folder.rmdir()
+        return peak
+
+
+def drop_cached_pages(path: Path) -> None:
+    """Pages that are in the system's cache already would not count for a new process."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lukv-8b", help="5 GB of room")
+    parser.add_argument("--limit", type=float, metavar="GIB", help="memory that the kernel grants")
     arguments, options = parser.parse_known_args()
+    limit = Limit(int(arguments.limit * 2**30)) if arguments.limit else None
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = arguments.folder / "random-8b-q4_0.gguf"
     if not model.exists():
         write_model(model.with_suffix(".tmp"))
         model.with_suffix(".tmp").rename(model)
 
+    drop_cached_pages(model)
     output = arguments.folder / "profile.npz"
     partial = output.with_name(output.name + ".partial")
     started = time.monotonic()
     command = [sys.executable, "-m", "lukv_gguf.cli", "profile", str(model), "-o", str(output), "-f", *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=limit and limit.join)
     peaks: dict[str, list[float]] = {}
     stage = "answers"
     while process.poll() is None:
@@ -116,6 +149,8 @@ def main() -> None:
     print(f"{model.stat().st_size / 2**30:.2f} GiB on the disk, {time.monotonic() - started:.0f} s")
     for stage, (own, resident, until) in peaks.items():
         print(f"{stage} until {until:.0f} s: {own / 2**30:.2f} GiB of its own, {resident / 2**30:.2f} GiB resident")
+    if limit is not None:
+        print(f"{limit.close() / 2**30:.2f} GiB at most in the cgroup, cached pages of files included")
     sys.exit(process.returncode)
 
 

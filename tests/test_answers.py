@@ -63,5 +63,9 @@ def test_errors_are_told(tmp_path: Path) -> None:
     with pytest.raises(LukvError, match="at least one suffix"):
         decode_answers(tmp_path, [1], [[]], 3)
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(LukvError, match="cannot load the model"):
+    with pytest.raises(LukvError, match="x.gguf: "):
         decode_answers(tmp_path / "x.gguf", [1], [[2]], 3)
+    unknown = write_tiny(tmp_path / "y.gguf").path
+    unknown.write_bytes(unknown.read_bytes().replace(b"llama", b"lxama"))
+    with pytest.raises(LukvError, match="cannot load the model"):
+        decode_answers(unknown, [1], [[2]], 3)

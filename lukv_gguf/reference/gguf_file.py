@@ -77,6 +77,18 @@ class GGUFFile:
         """Whether the model has a tensor of that name."""
         return name in self._tensors
 
+    @property
+    def n_byte(self) -> int:
+        """Bytes of all tensors on the disk."""
+        return sum(last - first for _, _, first, last in self.extents())
+
+    def extents(self) -> Iterator[tuple[str, Path, int, int]]:
+        """Where each tensor lies, in the order of the files: name, file, its first byte, and that of the next tensor."""
+        ordered = sorted(self._tensors.items(), key=lambda item: (item[1].path, item[1].offset))
+        for (name, tensor), following in zip(ordered, [*ordered[1:], None]):
+            last = following[1].offset if following and following[1].path == tensor.path else tensor.path.stat().st_size
+            yield name, tensor.path, tensor.offset, last
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, row-major: ``[n_out, n_in]``.
 
