@@ -18,7 +18,7 @@ from lukv_gguf.gguf_header import GgufHeader, check_writable, missing_shards, na
 from lukv_gguf.metadata import LukvMetadata
 
 if TYPE_CHECKING:
-    from lukv_gguf.profile import Profile
+    from lukv_gguf.profile_file import Profile
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -155,7 +155,7 @@ def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHea
 def _blank_profile(metric: str, header: GgufHeader, protocol: Mapping[str, Any]) -> Profile:
     """What an allocation needs that looks at nothing but the shape."""
     from lukv_gguf import metrics
-    from lukv_gguf.profile import GRID_RATIOS, Profile
+    from lukv_gguf.profile_file import GRID_RATIOS, Profile
 
     chosen = metrics.get(metric)
     shape = metadata.model_shape(header)
@@ -204,7 +204,7 @@ def build_metadata(
 
 def profile_of(meta: LukvMetadata, model: str) -> Profile:
     """The table of an embedded model as a profile: its budgets, blended as they are, and no measurements."""
-    from lukv_gguf.profile import Profile
+    from lukv_gguf.profile_file import Profile
 
     return Profile(
         metric=meta.metric,

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from lukv_gguf.errors import LukvError  # noqa: E402
 from lukv_gguf.gguf_header import replacing  # noqa: E402
-from lukv_gguf.profile import GAP_RATIO, Profile  # noqa: E402
+from lukv_gguf.profile_file import GAP_RATIO, Profile  # noqa: E402
 from lukv_gguf.stability import rank_correlation, split_half_correlation  # noqa: E402
 
 FORMATS = (".png", ".svg", ".html")
