@@ -8,6 +8,7 @@ the context are compared, too.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Text:
         return len(self.tokens)
 
     @property
+    def key(self) -> str:
+        """A hash of all that is read."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    @property
     def continuation(self) -> range:
         """Tokens whose successors are predicted after the eviction."""
         return range(self.n_context, len(self.tokens) - 1)
@@ -80,11 +86,6 @@ def make_texts(tokenizer: Any, length: int, n: int, seed: int) -> Iterator[Text]
         if len(tokens) < length:
             raise LukvError(f"the text for language modelling has no {length} tokens; choose a shorter length with --lengths")
         yield Text(index, tokens[:length], length - min(_MOST_SCORED, length // 4))
-
-
-def sample_name(text: Text) -> tuple[int, int]:
-    """Length and number of a text, for its records."""
-    return text.length, text.index
 
 
 class Reference:

@@ -79,7 +79,7 @@ def _niah(
 
     def make(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
         noun = "pass code" if value_kind == "uuid" else "pass number"
-        n_answer = {1: 48, 4: 128}[max(n_values, n_queries)] if value_kind == "number" else 64
+        n_answer = {1: 24, _N_TYPES: 80}[max(n_values, n_queries)] if value_kind == "number" else 56
         head = f"Some {noun}s are hidden in the following text. Keep them in mind, they will be asked for later.\n"
 
         def ask(keys: Sequence[str], values: Sequence[str], depth: float | None) -> Question:
@@ -151,7 +151,7 @@ def _variable_tracking(tokenizer: Encoder, length: int, index: int, rng: np.rand
     def answer_prefix(value: str) -> str:
         return f"The text sets {_N_HOPS + 1} variables to {value}, namely"
 
-    n_answer = 40
+    n_answer = 32
     example_value, value = (str(rng.integers(10_000, 100_000)) for _ in range(2))
     example_names, example_lines = chain(example_value)
     names, lines = chain(value)
@@ -177,7 +177,7 @@ def _variable_tracking(tokenizer: Encoder, length: int, index: int, rng: np.rand
 
 def _common_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
     """A list in which ten words stand far more often than the others."""
-    n_answer = 100
+    n_answer = 72
     words = [_vocabulary()[i] for i in rng.permutation(len(_vocabulary()))]
 
     def numbered(listed: Sequence[str]) -> str:
@@ -212,7 +212,7 @@ def _common_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Ge
 
 def _frequent_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
     """Made-up words whose frequencies follow a zeta distribution; the most frequent place is taken by dots."""
-    n_answer = 50
+    n_answer = 36
     head = "Count how often each made-up word stands in the following coded text. The dots '....' do not count.\n"
     question = f"\nWhich {_N_FREQUENT} made-up words stand most often in the coded text?"
     prefix = f"The {_N_FREQUENT} most frequent words of the coded text are:"
@@ -255,7 +255,7 @@ def _questions_about_documents(task: str, n_hops: int) -> Maker:
     """Short documents about people and houses: questions that one document answers, or two together."""
 
     def make(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
-        n_answer = 32
+        n_answer = 20
         longest = "\nAnswer in a few words. In which town was the founder of the conservatory of Ashmarstead born? Answer:"
         room = room_for_context(tokenizer, length, n_answer, longest)
         n_people = max(2, room // 90)

@@ -126,7 +126,7 @@ class _Run:
 
     def model_language(self) -> None:
         for text in self._plan.texts:
-            todo = [cell for cell in self._plan.cells if not self._found_all(cell, lm.sample_name(text))]
+            todo = [cell for cell in self._plan.cells if not self._found_all(cell, text)]
             if not todo:
                 continue
             for kv_type in dict.fromkeys(cell.kv_type for cell in todo):
@@ -137,7 +137,7 @@ class _Run:
                     for cell in [cell for cell in todo if cell.kv_type == kv_type]:
                         with self._load(cell) as model:
                             for measure, values in lm.measure(model, text, cell, reference, self._tokenizer.end_tokens).items():
-                                self._add({**self._key(cell, f"lm_{measure}", text.length, text.index, 0), **values})
+                                self._add({**self._key(cell, f"lm_{measure}", text, 0), **values})
 
     def _groups(self, prompts: list[tuple[Sample, Prompt]]) -> Iterator[list[tuple[Sample, Prompt]]]:
         """Samples whose shared states fit into memory together."""
@@ -206,7 +206,7 @@ class _Run:
 
         answer = self._tokenizer.decode(session.generate(sample.n_answer, self._tokenizer.end_tokens, is_done))
         record = {
-            **self._key(cell, sample.task, sample.length, sample.index, number),
+            **self._key(cell, sample.task, sample, number),
             "score": sample.score_answer(answer, question),
             "answer": answer,
             "references": question.references,
@@ -217,11 +217,11 @@ class _Run:
 
     def _missing(self, cell: Cell, sample: Sample) -> bool:
         """Whether a sample has to be asked; what is there already counts as found."""
-        keys = [self._key(cell, sample.task, sample.length, sample.index, i) for i in range(len(sample.questions))]
+        keys = [self._key(cell, sample.task, sample, i) for i in range(len(sample.questions))]
         return not self._take(cell, keys)
 
-    def _found_all(self, cell: Cell, name: tuple[int, int]) -> bool:
-        return self._take(cell, [self._key(cell, f"lm_{measure}", *name, 0) for measure in lm.MEASURES])
+    def _found_all(self, cell: Cell, text: lm.Text) -> bool:
+        return self._take(cell, [self._key(cell, f"lm_{measure}", text, 0) for measure in lm.MEASURES])
 
     def _take(self, cell: Cell, keys: list[Mapping[str, Any]]) -> bool:
         records = [self._store.get(key) for key in keys]
@@ -231,12 +231,13 @@ class _Run:
         self._tell(cell)
         return True
 
-    def _key(self, cell: Cell, task: str, length: int, context: int, question: int) -> dict[str, Any]:
+    def _key(self, cell: Cell, task: str, asked: Sample | lm.Text, question: int) -> dict[str, Any]:
         return {
             "model": self._model_key,
             "task": task,
-            "length": length,
-            "context": context,
+            "length": asked.length,
+            "context": asked.index,
+            "sample": asked.key,
             "question": question,
             "seed": self._plan.seed,
             "query_aware": self._plan.query_aware,

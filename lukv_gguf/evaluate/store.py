@@ -16,7 +16,7 @@ except ImportError:  # Windows: two runs at a time are then not noticed
     fcntl = None  # type: ignore[assignment]
 
 KEY = (
-    "model", "task", "length", "context", "question", "seed", "query_aware", "n_ubatch",
+    "model", "task", "length", "context", "sample", "question", "seed", "query_aware", "n_ubatch",
     "method", "metric", "ratio", "policy", "kv_type", "table",
 )  # fmt: skip
 """Fields that say what a record is about. Two records with the same are the same measurement."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class Sample:
     score_options: dict[str, Any] = field(default_factory=dict)
     is_chat: bool = True
     first_line: bool = False
+
+    @property
+    def key(self) -> str:
+        """A hash of all that is asked."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def score_answer(self, answer: str, question: Question) -> float:
         """The score in [0, 1]."""
