@@ -20,7 +20,7 @@ from lukv_gguf.checkpoint import Checkpoint
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric
-from lukv_gguf.profile_file import ALLOCATIONS, GAP_RATIO, GRID_RATIOS, Profile
+from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
 
 FloatArray = npt.NDArray[np.float64]

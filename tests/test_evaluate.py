@@ -17,7 +17,8 @@ from tiny_gguf import CHAT_TEMPLATE, write_tiny
 from lukv_gguf import cli, metadata
 from lukv_gguf.embed import build_metadata
 from lukv_gguf.errors import LukvError
-from lukv_gguf.evaluate import lm, report, run as run_module
+from lukv_gguf.evaluate import lm, report
+from lukv_gguf.evaluate import run as run_module
 from lukv_gguf.evaluate.methods import Cell, Method, TableFile, Tables, grid, table_key
 from lukv_gguf.evaluate.results import summarise
 from lukv_gguf.evaluate.session import Model, Options
@@ -45,7 +46,15 @@ def profile(model: Path) -> Path:
     budget = GRID_RATIOS[:, None, None] + np.minimum(GRID_RATIOS, 1 - GRID_RATIOS)[:, None, None] * spread * 0.9
     scores = -np.sort(-rng.standard_normal((N_LAYER, N_HEAD_KV, 200)), axis=-1)
     made = Profile(
-        "keydiff", {}, 4, 16, GRID_RATIOS, budget, np.zeros((N_LAYER, N_HEAD_KV)), {"questions": "3"}, scores=scores.astype(np.float32)
+        "keydiff",
+        {},
+        4,
+        16,
+        GRID_RATIOS,
+        budget,
+        np.zeros((N_LAYER, N_HEAD_KV)),
+        {"questions": "3"},
+        scores=scores.astype(np.float32),
     )
     path = model.with_name("profile.npz")
     save_profiles(path, {"keydiff": made})
@@ -83,8 +92,14 @@ class TestCommand:
             own = [one for one in found if one["task"] == task]
             assert {one["method"] for one in own} == methods and len(own) == 1 + 4 * 2
         for one in found:
-            assert one["interval"][0] <= one["score"] <= one["interval"][1] and one["n"] >= one["contexts"] == (4 if "average" in one["task"] else 2)
-            assert one["ratio"] == (1.0 if one["method"] == "full" else 0.2) and one["policy"] in ("", "capacity", "prefill")
+            assert one["interval"][0] <= one["score"] <= one["interval"][1] and one["n"] >= one["contexts"] == (
+                4 if "average" in one["task"] else 2
+            )
+            assert one["ratio"] == (1.0 if one["method"] == "full" else 0.2) and one["policy"] in (
+                "",
+                "capacity",
+                "prefill",
+            )
             assert ("vs_uniform" in one) == (one["method"] not in ("full", "uniform"))
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert {"answers.jsonl", "results.json", "report.html", "tasks.svg", "needles.png", "cost.svg"} <= names
@@ -127,7 +142,19 @@ class TestCommand:
     @pytest.mark.usefixtures("no_pictures")
     def test_profiles_what_is_missing(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
-        options = (model, "--lengths", 700, "-n", 1, "--tasks", "qa_1", "--policies", "capacity", "-o", tmp_path / "out")
+        options = (
+            model,
+            "--lengths",
+            700,
+            "-n",
+            1,
+            "--tasks",
+            "qa_1",
+            "--policies",
+            "capacity",
+            "-o",
+            tmp_path / "out",
+        )
         result = run(*options)
         assert result.exit_code == 0 and "profiling" in result.stderr, result.output
         assert (tmp_path / "out" / "profile.npz").exists() and "LU-KV" in result.stdout and "qa_1" in result.stdout
@@ -139,7 +166,9 @@ class TestCommand:
             run(model, "--profile", profile, "--lengths", 700, "-n", 1, "--tasks", "qa_1", "--query-aware", "--kv-types", "f16,q8_0",
                 "--methods", "uniform", "-o", tmp_path, "--json", "-")
         )  # fmt: skip
-        assert {(one["method"], one["kv_type"]) for one in found} == {(m, t) for m in ("full", "uniform") for t in ("f16", "q8_0")}
+        assert {(one["method"], one["kv_type"]) for one in found} == {
+            (m, t) for m in ("full", "uniform") for t in ("f16", "q8_0")
+        }
         assert all(one["query_aware"] for one in found)
         by_type = {one["kv_type"]: one["kv_bytes"] for one in found if one["method"] == "full"}
         assert by_type["q8_0"] < 0.6 * by_type["f16"]
@@ -257,14 +286,24 @@ class TestMethods:
         np.testing.assert_allclose(uniform.budget, 0.2, atol=1e-6)
         plain, blended = tables.table("lukv:blend=0", "keydiff"), tables.table("lukv", "keydiff")
         assert plain.budget.std() > blended.budget.std() > 0
-        assert len({table_key(tables.table(name, "keydiff")) for name in ("uniform", "pyramidkv", "adakv", "lukv", "lukv:blend=0")}) == 5
+        assert (
+            len(
+                {
+                    table_key(tables.table(name, "keydiff"))
+                    for name in ("uniform", "pyramidkv", "adakv", "lukv", "lukv:blend=0")
+                }
+            )
+            == 5
+        )
         assert Tables(model, None).missing(["uniform", "lukv"], ["keydiff"]) == ["keydiff"]
 
     def test_an_embedded_table_is_used_as_it_is(self, model: Path, profile: Path, tmp_path: Path) -> None:
         table = Tables(model, profile).table("lukv", "keydiff")
         metadata.embed(model, tmp_path / "embedded.gguf", table)
         tables = Tables(tmp_path / "embedded.gguf", None)
-        assert tables.missing(["lukv", "uniform"], ["keydiff"]) == [] and tables.missing(["adakv"], ["keydiff"]) == ["keydiff"]
+        assert tables.missing(["lukv", "uniform"], ["keydiff"]) == [] and tables.missing(["adakv"], ["keydiff"]) == [
+            "keydiff"
+        ]
         np.testing.assert_allclose(tables.table("lukv", "keydiff").profile_budget, table.profile_budget, atol=1e-6)
 
     def test_exchanged_table_is_the_embedded_one(self, model: Path, profile: Path, tmp_path: Path) -> None:
@@ -310,7 +349,9 @@ class TestLanguageModelling:
 
 
 def record(score: float, context: int, method: str = "lukv", **changes: Any) -> dict[str, Any]:
-    fields = dict(zip(KEY, ("m", "qa_1", 1024, context, "", 0, 0, False, 512, method, "keydiff", 0.2, "capacity", "f16", "")))
+    fields = dict(
+        zip(KEY, ("m", "qa_1", 1024, context, "", 0, 0, False, 512, method, "keydiff", 0.2, "capacity", "f16", ""))
+    )
     if method == "full":
         fields |= {"metric": "", "ratio": 1.0, "policy": ""}
     work = {"kv_bytes": 1, "n_read": 10, "read_seconds": 2.0, "n_generated": 0, "generate_seconds": 0.0}
@@ -321,7 +362,11 @@ class TestResults:
     def test_differences_are_paired(self) -> None:
         """Scores that vary from context to context alike: the difference is certain, the scores are not."""
         scores = np.random.default_rng(0).random(30)
-        records = [record(score + gain, i, method) for i, score in enumerate(scores) for method, gain in (("uniform", 0.0), ("lukv", 0.1))]
+        records = [
+            record(score + gain, i, method)
+            for i, score in enumerate(scores)
+            for method, gain in (("uniform", 0.0), ("lukv", 0.1))
+        ]
         found = {one["method"]: one for one in summarise(records, "m")}
         assert found["lukv"]["vs_uniform"]["difference"] == pytest.approx(0.1)
         np.testing.assert_allclose(found["lukv"]["vs_uniform"]["interval"], 0.1, atol=1e-9)
@@ -395,7 +440,9 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     source = (tmp_path / "page.html").read_text()
     page = Page()
     page.feed(source[source.index("<html") :])
-    assert page.open == [] and all(name in page.text for name in ("a <model>", "LU-KV (blend=0)", "full cache", "KL to full"))
+    assert page.open == [] and all(
+        name in page.text for name in ("a <model>", "LU-KV (blend=0)", "full cache", "KL to full")
+    )
     assert "src=" not in source and "<link" not in source and len(drawn) >= 5
     report.write_pictures(tmp_path, drawn)
     assert (tmp_path / "tasks.png").read_bytes().startswith(b"\x89PNG")
@@ -404,4 +451,8 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 def test_model_key_sees_through_tables(model: Path, profile: Path, tmp_path: Path) -> None:
     metadata.embed(model, tmp_path / "embedded.gguf", Tables(model, profile).table("lukv", "keydiff"))
     write_tiny(tmp_path / "other.gguf", n_layer=N_LAYER, n_head_kv=N_HEAD_KV, seed=1)
-    assert run_module.model_key(tmp_path / "embedded.gguf") == run_module.model_key(model) != run_module.model_key(tmp_path / "other.gguf")
+    assert (
+        run_module.model_key(tmp_path / "embedded.gguf")
+        == run_module.model_key(model)
+        != run_module.model_key(tmp_path / "other.gguf")
+    )

@@ -99,7 +99,11 @@ class TestRuler:
             founder = dict(re.findall(r"The (\w+ of \w+) was founded by (\w+ \w+) in", sample.context))
             for question in sample.questions:
                 house = re.search(r"the ((?!founder)\w+ of \w+)", question.text)
-                person = founder[house.group(1)] if house else re.search(r"(?:town|trade) was (\w+ \w+)", question.text).group(1)
+                person = (
+                    founder[house.group(1)]
+                    if house
+                    else re.search(r"(?:town|trade) was (\w+ \w+)", question.text).group(1)
+                )
                 answer = person if "Who" in question.text else (born if "town" in question.text else trade)[person]
                 assert question.references == (answer,)
                 assert (house is not None and "Who" not in question.text) == (task == "qa_2")
@@ -215,7 +219,9 @@ class TestLongBench:
         (tmp_path / "data").mkdir()
         (tmp_path / "config").mkdir()
         (tmp_path / "data" / "hotpotqa.jsonl").write_text(json.dumps(record()) + "\n" + json.dumps(record()) + "\n")
-        (tmp_path / "config" / "dataset2prompt.json").write_text(json.dumps({"hotpotqa": "Read {context} and say: {input}"}))
+        (tmp_path / "config" / "dataset2prompt.json").write_text(
+            json.dumps({"hotpotqa": "Read {context} and say: {input}"})
+        )
         samples = list(longbench.make_samples("hotpotqa", Words(), tmp_path, 4000, 5))
         assert len(samples) == 2 and samples[0].questions[0].text == " and say: Who?"
         assert samples[0].context.startswith("Read Ann")
@@ -229,7 +235,15 @@ class TestLongBench:
         assert "w0 " in sample.context and "w2999" in sample.context and "w1500 " not in sample.context
 
     @pytest.mark.parametrize(
-        "line", ["{", "[]", json.dumps({"input": "x"}), json.dumps(record(answers=[])), json.dumps(record(context=3)), json.dumps(record(answers="Ann"))]
+        "line",
+        [
+            "{",
+            "[]",
+            json.dumps({"input": "x"}),
+            json.dumps(record(answers=[])),
+            json.dumps(record(context=3)),
+            json.dumps(record(answers="Ann")),
+        ],
     )
     def test_bad_records(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "qasper.jsonl").write_text(line + "\n")

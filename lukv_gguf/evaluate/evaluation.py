@@ -169,7 +169,9 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
     methods = [method for method in request.methods if method != FULL]
     missing = tables.missing(methods, metrics)
     if missing and request.profile is not None:
-        raise LukvError(f"{request.profile}: holds nothing for the metric {', '.join(missing)}; profile it, or choose with --metrics")
+        raise LukvError(
+            f"{request.profile}: holds nothing for the metric {', '.join(missing)}; profile it, or choose with --metrics"
+        )
     if missing:
         profiler(own, sorted({*metrics, *(tables.metrics() if tables.profile else [])}))
         tables = Tables(model, own)
@@ -180,4 +182,8 @@ def _describe(tables: Tables, metrics: Sequence[str]) -> str:
     if tables.profile is None:
         return "the table in the file"
     facts = tables.provenance(metrics[0])
-    return ", ".join(f"{name} {facts[name]}" for name in ("objective", "questions", "context_tokens", "calibration_sha256") if name in facts)
+    return ", ".join(
+        f"{name} {facts[name]}"
+        for name in ("objective", "questions", "context_tokens", "calibration_sha256")
+        if name in facts
+    )

@@ -84,7 +84,9 @@ def make_texts(tokenizer: Any, length: int, n: int, seed: int) -> Iterator[Text]
             text = paragraphs[i % len(paragraphs)] + "\n"
             tokens += tokenizer.encode(text) if tokens else tokenizer.begin_tokens(text)
         if len(tokens) < length:
-            raise LukvError(f"the text for language modelling has no {length} tokens; choose a shorter length with --lengths")
+            raise LukvError(
+                f"the text for language modelling has no {length} tokens; choose a shorter length with --lengths"
+            )
         yield Text(index, tokens[:length], length - min(_MOST_SCORED, length // 4))
 
 
@@ -178,13 +180,21 @@ class _Found:
         self._rows[index] = (nll, max(0.0, divergence), float(log_probs.argmax() == full.argmax()))
 
     def values(self, greedy: float, work: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        inside, behind = ([i for i in part if i in self._rows] for part in (self._text.in_context, self._text.continuation))
+        inside, behind = (
+            [i for i in part if i in self._rows] for part in (self._text.in_context, self._text.continuation)
+        )
         means = np.mean([self._rows[i] for i in behind], axis=0)
-        bins = [part for one, n in zip((inside, behind), _BINS) if one for part in np.array_split(one, min(n, len(one)))]
+        bins = [
+            part for one, n in zip((inside, behind), _BINS) if one for part in np.array_split(one, min(n, len(one)))
+        ]
         curves = np.array([np.mean([self._rows[i] for i in part], axis=0) for part in bins])
         positions = [int(part.mean()) for part in bins]
         result = {
-            name: {"score": float(mean), "by_position": [positions, [round(float(value), 5) for value in curve]], **work}
+            name: {
+                "score": float(mean),
+                "by_position": [positions, [round(float(value), 5) for value in curve]],
+                **work,
+            }
             for name, mean, curve in zip(MEASURES, means, curves.T)
         }
         return {**result, "greedy": {"score": greedy, **work}}
@@ -194,6 +204,7 @@ def _read(
     session: Session, text: Text, with_context: bool, on_log_probs: Any, end_tokens: Collection[int]
 ) -> tuple[list[int], dict[str, Any]]:
     """Read a text, and continue its context greedily; returns the continuation and what it took."""
+
     def normalised(index: int, logits: npt.NDArray[np.float32]) -> None:
         shifted = logits - logits.max()
         on_log_probs(index, shifted - np.log(np.sum(np.exp(shifted), dtype=np.float64)).astype(np.float32))

@@ -45,7 +45,11 @@ class Cell:
 
 
 def grid(
-    methods: Sequence[str], metrics: Sequence[str], ratios: Sequence[float], policies: Sequence[str], kv_types: Sequence[str]
+    methods: Sequence[str],
+    metrics: Sequence[str],
+    ratios: Sequence[float],
+    policies: Sequence[str],
+    kv_types: Sequence[str],
 ) -> list[Cell]:
     """All combinations, the full cache once for each type of K and V and always there: the others are compared with it."""
     cells = [Cell(FULL, "", 1.0, "", kv_type) for kv_type in kv_types]
@@ -160,7 +164,9 @@ class Tables:
             return profile_of(self._embedded, self.model.stem)
         if method.allocation in ("uniform", "pyramidkv"):
             return blank_profile(metric, self._shape, {})
-        raise LukvError(f"{method.allocation} with {metric} needs a profile: lukv-gguf profile {self.model} --metric {metric}")
+        raise LukvError(
+            f"{method.allocation} with {metric} needs a profile: lukv-gguf profile {self.model} --metric {metric}"
+        )
 
     def _has_own(self, metric: str) -> bool:
         own = self._embedded
@@ -191,7 +197,10 @@ class TableFile:
         if self._current is not None and _same_but_budgets(self._current, table):
             header = read_header(self.path)
             with self.path.open("r+b") as file:
-                for key, budget in ((metadata.KEY_BUDGET, table.budget), (metadata.KEY_PROFILE_BUDGET, table.profile_budget)):
+                for key, budget in (
+                    (metadata.KEY_BUDGET, table.budget),
+                    (metadata.KEY_PROFILE_BUDGET, table.profile_budget),
+                ):
                     file.seek(header.pairs[key].value_start + 12)  # behind the type and the number of its elements
                     file.write(np.ascontiguousarray(budget, "<f4").tobytes())
         else:

@@ -16,6 +16,7 @@ from lukv_gguf.reference.tokenizer import Tokenizer
 _THINGS = "harbour lantern orchard violin glacier compass granary lighthouse carpenter falcon meadow cellar".split()
 _PLACES = "Aldmoor Brenwick Castello Dunmarra Elverum Farrow Glenholt Hartsea Ivarstad Juniper Kestrel Lowmere".split()
 
+
 @dataclass(frozen=True)
 class NeedleContext:
     """A text with hidden facts: `questions` and the number that answers each of them."""

@@ -14,7 +14,6 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib.axes import Axes  # noqa: E402  (the backend comes first)
 from matplotlib.figure import Figure  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
@@ -27,7 +26,12 @@ from lukv_gguf.plots import STYLE  # noqa: E402
 
 _NAMES = {"full": "full cache", "uniform": "uniform", "pyramidkv": "PyramidKV", "adakv": "Ada-KV", "lukv": "LU-KV"}
 _COLOURS = {"full": "#6b7280", "uniform": "#d08700", "pyramidkv": "#7c5cbf", "adakv": "#2b7fff", "lukv": "#00997b"}
-_SHORT = {"lm_perplexity": "perplexity", "lm_kl": "KL to full", "lm_top1": "same best token", "lm_greedy": "same greedy text"}
+_SHORT = {
+    "lm_perplexity": "perplexity",
+    "lm_kl": "KL to full",
+    "lm_top1": "same best token",
+    "lm_greedy": "same greedy text",
+}
 _BLOCK = ("length", "kv_type", "query_aware", "metric", "policy", "ratio")
 _FEWEST_CONTEXTS = 5  # with fewer, bootstrap intervals are too narrow to tell anything
 _MARKS = {"capacity": "o", "prefill": "s", "": "D"}
@@ -49,7 +53,10 @@ def tables(results: Sequence[Result]) -> list[Table]:
         firsts = [next(iter(by_task.values())) for by_task in rows.values()]
         table.add_section()
         table.add_row("KV cache, MiB", *(f"{first['kv_bytes'] / 2**20:.1f}" for first in firsts))
-        table.add_row("generating, tokens/s", *(f"{first['generate_tps']:.0f}" if first["generate_tps"] else "" for first in firsts))
+        table.add_row(
+            "generating, tokens/s",
+            *(f"{first['generate_tps']:.0f}" if first["generate_tps"] else "" for first in firsts),
+        )
         made.append(table)
     return made
 
@@ -72,7 +79,9 @@ def pictures(results: Sequence[Result], records: Sequence[Record]) -> list[Pictu
         ]
 
 
-def write_page(path: Path, results: Sequence[Result], drawn: Sequence[Picture], model: str, facts: dict[str, str]) -> None:
+def write_page(
+    path: Path, results: Sequence[Result], drawn: Sequence[Picture], model: str, facts: dict[str, str]
+) -> None:
     """Write one HTML page that needs nothing else.
 
     Parameters
@@ -104,16 +113,30 @@ def write_pictures(folder: Path, drawn: Sequence[Picture]) -> None:
 def _draw(results: Sequence[Result], records: Sequence[Record]) -> Iterable[tuple[str, str, Figure]]:
     """Name, caption and picture, for those that there is something to draw for."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    overall = [name for name in tasks if name.endswith("_average")] or [name for name in tasks if not name.startswith("lm_")][:1]
+    overall = [name for name in tasks if name.endswith("_average")] or [
+        name for name in tasks if not name.startswith("lm_")
+    ][:1]
     several_ratios = len({result["ratio"] for result in results if result["method"] != FULL}) > 1
     for name in overall:
-        yield f"score-{name}", f"Mean score ({_short(name)}) with 95 % intervals.", _lines(results, name, several_ratios)
+        yield (
+            f"score-{name}",
+            f"Mean score ({_short(name)}) with 95 % intervals.",
+            _lines(results, name, several_ratios),
+        )
     if "lm_kl" in tasks:
         caption = "Divergence from the full cache's predictions on held-out prose, nats per token: lower is better."
         yield "kl", caption, _lines(results, "lm_kl", several_ratios)
-        curves = [result for result in results if result["task"] == "lm_kl" and result["method"] != FULL and result.get("by_position")]
+        curves = [
+            result
+            for result in results
+            if result["task"] == "lm_kl" and result["method"] != FULL and result.get("by_position")
+        ]
         if curves:
-            yield "kl-position", "The same by the position in the text. The eviction comes before the last quarter.", _positions(curves)
+            yield (
+                "kl-position",
+                "The same by the position in the text. The eviction comes before the last quarter.",
+                _positions(curves),
+            )
     shown = [name for name in tasks if not name.endswith("_average") and not name.startswith("lm_")]
     if len(shown) > 1:
         yield "tasks", "Score of each task; the numbers are shares of right answers.", _heatmap(results, shown)
@@ -121,7 +144,11 @@ def _draw(results: Sequence[Result], records: Sequence[Record]) -> Iterable[tupl
     if needles:
         yield "needles", "Needles found, by their place in the text and the length of the text.", _needle_maps(needles)
     if overall:
-        yield "cost", "Quality beside the memory of the cache, and beside the rate of generating in this run.", _costs(results, overall[0])
+        yield (
+            "cost",
+            "Quality beside the memory of the cache, and beside the rate of generating in this run.",
+            _costs(results, overall[0]),
+        )
 
 
 def _new(width: float, height: float, n_column: int = 1, n_row: int = 1) -> tuple[Figure, Any]:
@@ -132,9 +159,13 @@ def _new(width: float, height: float, n_column: int = 1, n_row: int = 1) -> tupl
 def _lines(results: Sequence[Result], task: str, against_ratio: bool) -> Figure:
     """Score against ratio, or bars at the only ratio; a panel for each metric and policy."""
     chosen = [result for result in results if result["task"] == task]
-    panels = list(dict.fromkeys((r["metric"], r["policy"], r["kv_type"], r["length"]) for r in chosen if r["method"] != FULL))
+    panels = list(
+        dict.fromkeys((r["metric"], r["policy"], r["kv_type"], r["length"]) for r in chosen if r["method"] != FULL)
+    )
     n_column = min(3, max(1, len(panels)))
-    figure, axes = _new(4.0 * n_column, 3.1 * -(-max(1, len(panels)) // n_column), n_column, -(-max(1, len(panels)) // n_column))
+    figure, axes = _new(
+        4.0 * n_column, 3.1 * -(-max(1, len(panels)) // n_column), n_column, -(-max(1, len(panels)) // n_column)
+    )
     for panel, ax in zip(panels, axes.ravel()):
         metric, policy, kv_type, length = panel
         own = [r for r in chosen if (r["metric"], r["policy"], r["kv_type"], r["length"]) == panel]
@@ -153,14 +184,26 @@ def _lines(results: Sequence[Result], task: str, against_ratio: bool) -> Figure:
                 ax.errorbar([r["ratio"] for r in line], score, error, color=_colour(method, i), marker="o", markersize=4,
                             linewidth=1.6, capsize=2, elinewidth=0.8, label=_name(method))  # fmt: skip
             else:
-                ax.bar([i], score, yerr=error, color=_colour(method, i), width=0.7, error_kw={"elinewidth": 0.9, "capsize": 3})
+                ax.bar(
+                    [i],
+                    score,
+                    yerr=error,
+                    color=_colour(method, i),
+                    width=0.7,
+                    error_kw={"elinewidth": 0.9, "capsize": 3},
+                )
         if against_ratio:
             ax.set(xlabel="kept of the cache")
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             ax.legend(fontsize=8)
         else:
-            ax.set_xticks(range(len(methods)), [_name(method) for method in methods], rotation=20 if len(methods) > 4 else 0)
-        ax.set(title=f"{metric}, {policy}, {length} tokens" + (f", {kv_type}" if kv_type != "f16" else ""), ylabel=_short(task))
+            ax.set_xticks(
+                range(len(methods)), [_name(method) for method in methods], rotation=20 if len(methods) > 4 else 0
+            )
+        ax.set(
+            title=f"{metric}, {policy}, {length} tokens" + (f", {kv_type}" if kv_type != "f16" else ""),
+            ylabel=_short(task),
+        )
         if task == "lm_kl":
             ax.set_ylim(bottom=0)
         else:
@@ -177,8 +220,15 @@ def _positions(curves: Sequence[Result]) -> Figure:
     for panel, ax in zip(panels, axes.ravel()):
         own = [r for r in curves if (r["metric"], r["policy"], r["ratio"]) == panel]
         for i, result in enumerate(own):
-            ax.plot(*result["by_position"], color=_colour(result["method"], i), marker=".", label=_name(result["method"]))
-        ax.set(title=f"{panel[0]}, {panel[1]}, {panel[2]:.0%} kept", xlabel="position in the text", ylabel="KL to full", ylim=(0, None))
+            ax.plot(
+                *result["by_position"], color=_colour(result["method"], i), marker=".", label=_name(result["method"])
+            )
+        ax.set(
+            title=f"{panel[0]}, {panel[1]}, {panel[2]:.0%} kept",
+            xlabel="position in the text",
+            ylabel="KL to full",
+            ylim=(0, None),
+        )
         ax.legend(fontsize=8)
     for ax in axes.ravel()[len(panels) :]:
         ax.remove()
@@ -199,16 +249,25 @@ def _heatmap(results: Sequence[Result], tasks: Sequence[str]) -> Figure:
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     for y, x in zip(*np.nonzero(np.isfinite(scores))):
-        ax.text(x, y, f"{scores[y, x]:.2f}", ha="center", va="center", fontsize=8, color="white" if scores[y, x] > 0.6 else "#1f2937")
+        ax.text(
+            x,
+            y,
+            f"{scores[y, x]:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=_ink(scores[y, x]),
+        )
     return figure
 
 
 def _needle_maps(needles: Sequence[Record], n_depth: int = 5) -> Figure:
     rows = list(dict.fromkeys(_row_key(r) for r in needles))
     lengths = sorted({r["length"] for r in needles})
-    n_column = min(4, len(rows))
+    n_column = min(5, len(rows))
     n_row = -(-len(rows) // n_column)
-    figure, axes = _new(1.0 + 2.2 * n_column, 2.3 * n_row, n_column, n_row)
+    width = 1.1 + 0.35 * len(lengths)
+    figure, axes = _new(1.2 + width * n_column, 0.3 + 1.45 * n_row, n_column, n_row)
     for row, ax in zip(rows, axes.ravel()):
         found = np.full((n_depth, len(lengths)), np.nan)
         for y in range(n_depth):
@@ -219,14 +278,16 @@ def _needle_maps(needles: Sequence[Record], n_depth: int = 5) -> Figure:
                 ]  # fmt: skip
                 if scores:
                     found[y, x] = np.mean(scores)
-        image = ax.imshow(found, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        ax.set_xticks(range(len(lengths)), [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths])
+        image = ax.imshow(found, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+        ax.set_xticks(
+            range(len(lengths)), [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths]
+        )
         ax.set_yticks(range(n_depth), [f"{(y + 0.5) / n_depth:.0%}" for y in range(n_depth)])
-        ax.set_title(_row_label(row), fontsize=8)
+        ax.set_title("\n".join(_row_label(row).split(" · ", 1)), fontsize=7.5)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0, labelsize=7)
         for y, x in zip(*np.nonzero(np.isfinite(found))):
-            ax.text(x, y, f"{found[y, x]:.1f}", ha="center", va="center", fontsize=7)
+            ax.text(x, y, f"{found[y, x]:.1f}", ha="center", va="center", fontsize=7, color=_ink(found[y, x]))
     for ax in axes.ravel()[len(rows) :]:
         ax.remove()
     figure.colorbar(image, ax=list(axes.ravel()[: len(rows)]), label="found", shrink=0.8, pad=0.01)
@@ -245,7 +306,13 @@ def _costs(results: Sequence[Result], task: str) -> Figure:
     for ax, label, value in sides:
         for r in chosen:
             if value(r) is not None:
-                ax.scatter(value(r), r["score"], color=_colour(r["method"], methods.index(r["method"])), marker=_MARKS.get(r["policy"], "o"), s=28)
+                ax.scatter(
+                    value(r),
+                    r["score"],
+                    color=_colour(r["method"], methods.index(r["method"])),
+                    marker=_MARKS.get(r["policy"], "o"),
+                    s=28,
+                )
         ax.set(xlabel=label, ylabel=_short(task), xlim=(0, None), ylim=(0, None))
     ax = axes[0, 1]
     for i, method in enumerate(methods):
@@ -300,13 +367,24 @@ def _mark(result: Result) -> str:
     return "▲" if (low > 0) != (result["task"] in LOWER_IS_BETTER) else "▼"
 
 
+def _ink(share: float) -> str:
+    """A colour that can be read on the heat map's."""
+    return "white" if share > 0.6 else "#1f2937"
+
+
 def _row_key(one: Record) -> tuple[Any, ...]:
     return one["method"], one["metric"], one["policy"], one["ratio"], one["kv_type"]
 
 
 def _row_label(row: tuple[Any, ...]) -> str:
     method, metric, policy, ratio, kv_type = row
-    parts = [_name(method), metric, policy, f"{ratio:.0%}" if method != FULL else "", kv_type if kv_type != "f16" else ""]
+    parts = [
+        _name(method),
+        metric,
+        policy,
+        f"{ratio:.0%}" if method != FULL else "",
+        kv_type if kv_type != "f16" else "",
+    ]
     return " · ".join(part for part in parts if part)
 
 
@@ -348,13 +426,18 @@ code{font-size:12px;word-break:break-all}
 
 
 def _page(results: Sequence[Result], drawn: Sequence[Picture], model: str, facts: dict[str, str]) -> str:
-    parts = [f"<h1>{html.escape(model)}</h1>", '<p class="lead">How well a fraction of the KV cache answers, and what it costs</p>']
+    parts = [
+        f"<h1>{html.escape(model)}</h1>",
+        '<p class="lead">How well a fraction of the KV cache answers, and what it costs</p>',
+    ]
     parts.append(_tiles(results))
     parts.append("<h2>Pictures</h2>")
     for picture in drawn:
         svg = picture.data["svg"].decode()
         caption = html.escape(picture.caption)
-        parts.append(f"<section><figure>{svg[svg.index('<svg') :]}<figcaption>{caption}</figcaption></figure></section>")
+        parts.append(
+            f"<section><figure>{svg[svg.index('<svg') :]}<figcaption>{caption}</figcaption></figure></section>"
+        )
     parts.append("<h2>Scores</h2>")
     parts += [f"<section>{_html_table(*block)}</section>" for block in _blocks(results)]
     parts.append(
@@ -373,7 +456,9 @@ def _tiles(results: Sequence[Result]) -> str:
     """The full cache and each method at the ratio nearest to 20 %, best policy and metric first."""
     tasks = list(dict.fromkeys(r["task"] for r in results))
     task = next((t for t in tasks if t.endswith("_average")), tasks[0] if tasks else "")
-    chosen = [r for r in results if r["task"] == task and not r["query_aware"]] or [r for r in results if r["task"] == task]
+    chosen = [r for r in results if r["task"] == task and not r["query_aware"]] or [
+        r for r in results if r["task"] == task
+    ]
     tiles = []
     for method in dict.fromkeys(r["method"] for r in chosen):
         own = [r for r in chosen if r["method"] == method]

@@ -55,12 +55,19 @@ def summarise(records: Iterable[Record], model: str) -> list[Result]:
         averages = {
             f"{suite}_average": [task for task in by_task if task in tasks] for suite, tasks in _suites().items()
         }
-        parts = {**{task: [task] for task in by_task}, **{name: tasks for name, tasks in averages.items() if len(tasks) > 1}}
+        parts = {
+            **{task: [task] for task in by_task},
+            **{name: tasks for name, tasks in averages.items() if len(tasks) > 1},
+        }
         for name, tasks in parts.items():
             ours = _mean([by_task[task] for task in tasks])
             result: Result = {"task": name, "model": model, **fields, **ours.fields()}
             for rival, their_tasks in found.items():
-                if fields["method"] != FULL and fields["method"] != rival.removeprefix("vs_") and set(tasks) <= set(their_tasks):
+                if (
+                    fields["method"] != FULL
+                    and fields["method"] != rival.removeprefix("vs_")
+                    and set(tasks) <= set(their_tasks)
+                ):
                     result[rival] = ours.difference(_mean([their_tasks[task] for task in tasks]))
             result.update(_work([record for task in tasks for record in by_cell[cell][task]]))
             curve = _mean_curve(by_cell[cell][name]) if name in by_task else None

@@ -184,7 +184,10 @@ def _common_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Ge
         return " ".join(f"{i}. {word}" for i, word in enumerate(listed, start=1))
 
     def build(n_rare: int, common_times: int, rare_times: int, chosen: Sequence[str], seed: int) -> str:
-        listed = [*np.repeat(chosen[:_N_COMMON], common_times), *np.repeat(chosen[_N_COMMON : _N_COMMON + n_rare], rare_times)]
+        listed = [
+            *np.repeat(chosen[:_N_COMMON], common_times),
+            *np.repeat(chosen[_N_COMMON : _N_COMMON + n_rare], rare_times),
+        ]
         return numbered([listed[i] for i in np.random.default_rng(seed).permutation(len(listed))])
 
     question = f"\nWhich {_N_COMMON} words are the most common ones in the list?"
@@ -205,9 +208,7 @@ def _common_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Ge
     most = len(words) - _N_COMMON - len(example_words)
     n = fill(room, tokenizer, lambda n: example + head + build(n, *times, words, seed), most)
     text = example + head + build(n, *times, words, seed)
-    return Sample(
-        "cwe", length, index, text, (Question(question, tuple(words[:_N_COMMON]), prefix),), n_answer
-    )
+    return Sample("cwe", length, index, text, (Question(question, tuple(words[:_N_COMMON]), prefix),), n_answer)
 
 
 def _frequent_words(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
@@ -256,11 +257,15 @@ def _questions_about_documents(task: str, n_hops: int) -> Maker:
 
     def make(tokenizer: Encoder, length: int, index: int, rng: np.random.Generator) -> Sample:
         n_answer = 20
-        longest = "\nAnswer in a few words. In which town was the founder of the conservatory of Ashmarstead born? Answer:"
+        longest = (
+            "\nAnswer in a few words. In which town was the founder of the conservatory of Ashmarstead born? Answer:"
+        )
         room = room_for_context(tokenizer, length, n_answer, longest)
         n_people = max(2, room // 90)
         people = _distinct(lambda: f"{_name(rng)} {_name(rng)}", n_people)
-        towns = _distinct(lambda: _name(rng) + rng.choice(["ford", "mouth", "stead", "wick", "holm", "by"]), 2 * n_people)
+        towns = _distinct(
+            lambda: _name(rng) + rng.choice(["ford", "mouth", "stead", "wick", "holm", "by"]), 2 * n_people
+        )
         documents, facts = [], []
         for i, person in enumerate(people):
             born_in, house_in = towns[2 * i : 2 * i + 2]
@@ -292,7 +297,9 @@ def _questions_about_documents(task: str, n_hops: int) -> Maker:
             return np.argsort(shuffles[: 2 * n])
 
         def build(n: int) -> str:
-            return _DOCUMENT_HEAD + "\n\n".join(f"Document {i}:\n{documents[j]}" for i, j in enumerate(order(n), start=1))
+            return _DOCUMENT_HEAD + "\n\n".join(
+                f"Document {i}:\n{documents[j]}" for i, j in enumerate(order(n), start=1)
+            )
 
         n = fill(room, tokenizer, build, n_people)
         asked = np.sort(rng.choice(n, min(_MAX_QUESTIONS, n), replace=False))
@@ -356,7 +363,9 @@ def _key(kind: str, rng: np.random.Generator) -> str:
 
 
 def _value(kind: str, rng: np.random.Generator) -> str:
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == "uuid" else str(rng.integers(1_000_000, 10_000_000))
+    return (
+        str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == "uuid" else str(rng.integers(1_000_000, 10_000_000))
+    )
 
 
 def _letters(rng: np.random.Generator, n: int) -> str:

@@ -101,7 +101,8 @@ class _Run:
         self._folder, self._progress = folder, progress
         self._model_key = model_key(model)
         self._tables: dict[tuple[str, str], LukvMetadata | None] = {
-            (cell.method, cell.metric): None if cell.is_full else tables.table(cell.method, cell.metric) for cell in plan.cells
+            (cell.method, cell.metric): None if cell.is_full else tables.table(cell.method, cell.metric)
+            for cell in plan.cells
         }
         self._table_file = TableFile(model, folder / f"{model.stem}-tables.gguf")
         self._states: dict[tuple[Any, ...], State] = {}
@@ -136,7 +137,9 @@ class _Run:
                 with reference:
                     for cell in [cell for cell in todo if cell.kv_type == kv_type]:
                         with self._load(cell) as model:
-                            for measure, values in lm.measure(model, text, cell, reference, self._tokenizer.end_tokens).items():
+                            for measure, values in lm.measure(
+                                model, text, cell, reference, self._tokenizer.end_tokens
+                            ).items():
                                 self._add({**self._key(cell, f"lm_{measure}", text, 0), **values})
 
     def _groups(self, prompts: list[tuple[Sample, Prompt]]) -> Iterator[list[tuple[Sample, Prompt]]]:
@@ -191,7 +194,9 @@ class _Run:
 
     def _read_context(self, session: Session, cell: Cell, sample: Sample, prompt: Prompt) -> None:
         """Read it, or take it from a cell that has: before the eviction, all of policy ``prefill`` hold the same."""
-        shared = (cell.metric, cell.kv_type, sample.task, sample.length, sample.index) if cell.policy == "prefill" else None
+        shared = (
+            (cell.metric, cell.kv_type, sample.task, sample.length, sample.index) if cell.policy == "prefill" else None
+        )
         if shared in self._states and session.load(self._states[shared]):
             return
         session.read(prompt.prefix)

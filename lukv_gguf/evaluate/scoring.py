@@ -119,7 +119,10 @@ def _english_words(text: str) -> list[str]:
 
 
 def _chinese_words(text: str) -> list[str]:
-    words = ("".join(c for c in word.lower() if c not in _CHINESE_PUNCTUATION) for word in _import("jieba").cut(text, cut_all=False))
+    words = (
+        "".join(c for c in word.lower() if c not in _CHINESE_PUNCTUATION)
+        for word in _import("jieba").cut(text, cut_all=False)
+    )
     return [word for word in ("".join(word.split()) for word in words) if word]
 
 
@@ -135,7 +138,9 @@ def _import(name: str) -> Any:
     try:
         module = importlib.import_module(f"{name}.fuzz" if name == "rapidfuzz" else name)
     except ImportError:
-        raise LukvError(f"this LongBench task is scored with the Python package {name}: pip install 'lukv-gguf[longbench]'") from None
+        raise LukvError(
+            f"this LongBench task is scored with the Python package {name}: pip install 'lukv-gguf[longbench]'"
+        ) from None
     if name == "jieba":
         module.setLogLevel(logging.ERROR)
     return importlib.import_module(name)

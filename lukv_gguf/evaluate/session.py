@@ -63,7 +63,9 @@ class Model:
         llama.cpp cannot load it: the file is unusable, or its LU-KV table is.
     """
 
-    def __init__(self, path: str | Path, overrides: Mapping[str, Any] | None = None, options: Options | None = None) -> None:
+    def __init__(
+        self, path: str | Path, overrides: Mapping[str, Any] | None = None, options: Options | None = None
+    ) -> None:
         self._llama = import_llama_cpp()
         self._options = options or Options()
         self._llama.llama_backend_init()
@@ -120,7 +122,9 @@ class Session:
         self._llama, self._n_vocab, self._n_batch = llama, n_vocab, params.n_batch
         self.context = llama.llama_init_from_model(model, params)
         if not self.context:
-            raise LukvError(f"llama.cpp cannot make a context of {n_ctx} tokens with {kv_type} K and V; is there enough memory?")
+            raise LukvError(
+                f"llama.cpp cannot make a context of {n_ctx} tokens with {kv_type} K and V; is there enough memory?"
+            )
         self._batch = llama.llama_batch_init(self._n_batch, 0, 1)
         for i in range(self._n_batch):
             self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, 0
@@ -161,7 +165,9 @@ class Session:
             for i in (*chosen, *([len(part) - 1] if is_last else [])):
                 self._batch.logits[i] = True
             if self._llama.llama_decode(self.context, self._batch):
-                raise LukvError(f"llama.cpp could not decode {len(part)} tokens behind {self.n_past}; is there enough memory?")
+                raise LukvError(
+                    f"llama.cpp could not decode {len(part)} tokens behind {self.n_past}; is there enough memory?"
+                )
             self.n_past += len(part)
             for i in chosen:
                 on_logits(first + i, self._logits(i))

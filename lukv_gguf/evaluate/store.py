@@ -50,7 +50,9 @@ class Store:
                 try:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise LukvError(f"{path}: another evaluation writes to it; wait for it, or choose another folder with -o") from None
+                    raise LukvError(
+                        f"{path}: another evaluation writes to it; wait for it, or choose another folder with -o"
+                    ) from None
             self._file.seek(0)
             data = self._file.read()
             whole = data[: data.rfind(b"\n") + 1]
