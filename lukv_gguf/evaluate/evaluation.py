@@ -165,7 +165,8 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
     """The tables, and the metrics to run with; profiles the model where that is needed."""
     own = folder / PROFILE_NAME
     tables = Tables(model, request.profile or (own if own.exists() else None))
-    metrics = list(request.metrics) or tables.metrics()
+    given = {text.partition(":")[0]: text for text in request.metrics}  # parameters, NAME:PARAM=VALUE, are for profiling
+    metrics = list(given) or tables.metrics()
     methods = [method for method in request.methods if method != FULL]
     missing = tables.missing(methods, metrics)
     if missing and request.profile is not None:
@@ -173,7 +174,8 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
             f"{request.profile}: holds nothing for the metric {', '.join(missing)}; profile it, or choose with --metrics"
         )
     if missing:
-        profiler(own, sorted({*metrics, *(tables.metrics() if tables.profile else [])}))
+        wanted = dict.fromkeys([*metrics, *(tables.metrics() if tables.profile else [])])
+        profiler(own, [given.get(name, name) for name in wanted])
         tables = Tables(model, own)
     return tables, metrics
 

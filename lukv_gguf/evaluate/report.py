@@ -52,9 +52,9 @@ def tables(results: Sequence[Result]) -> list[Table]:
             table.add_row(_short(name), *(_cell_text(by_task.get(name)) for by_task in rows.values()))
         firsts = [next(iter(by_task.values())) for by_task in rows.values()]
         table.add_section()
-        table.add_row("KV cache, MiB", *(f"{first['kv_bytes'] / 2**20:.1f}" for first in firsts))
+        table.add_row("KV, MiB", *(f"{first['kv_bytes'] / 2**20:.1f}" for first in firsts))
         table.add_row(
-            "generating, tokens/s",
+            "tokens/s",
             *(f"{first['generate_tps']:.0f}" if first["generate_tps"] else "" for first in firsts),
         )
         made.append(table)
@@ -214,11 +214,11 @@ def _lines(results: Sequence[Result], task: str, against_ratio: bool) -> Figure:
 
 
 def _positions(curves: Sequence[Result]) -> Figure:
-    panels = list(dict.fromkeys((r["metric"], r["policy"], r["ratio"]) for r in curves))
+    panels = list(dict.fromkeys((r["metric"], r["policy"], r["ratio"], r["length"]) for r in curves))
     n_column = min(3, len(panels))
     figure, axes = _new(4.0 * n_column, 3.0 * -(-len(panels) // n_column), n_column, -(-len(panels) // n_column))
     for panel, ax in zip(panels, axes.ravel()):
-        own = [r for r in curves if (r["metric"], r["policy"], r["ratio"]) == panel]
+        own = [r for r in curves if (r["metric"], r["policy"], r["ratio"], r["length"]) == panel]
         for i, result in enumerate(own):
             ax.plot(
                 *result["by_position"], color=_colour(result["method"], i), marker=".", label=_name(result["method"])
@@ -238,26 +238,21 @@ def _positions(curves: Sequence[Result]) -> Figure:
 def _heatmap(results: Sequence[Result], tasks: Sequence[str]) -> Figure:
     chosen = [r for r in results if r["task"] in tasks]
     rows = list(dict.fromkeys(_row_key(r) for r in chosen))
-    scores = np.full((len(rows), len(tasks)), np.nan)
+    columns = sorted({(r["length"], r["task"]) for r in chosen}, key=lambda column: (column[0], tasks.index(column[1])))
+    scores = np.full((len(rows), len(columns)), np.nan)
     for r in chosen:
-        scores[rows.index(_row_key(r)), tasks.index(r["task"])] = r["score"]
-    figure, axes = _new(1.2 + 0.75 * len(tasks) + 2.0, 0.9 + 0.3 * len(rows))
+        scores[rows.index(_row_key(r)), columns.index((r["length"], r["task"]))] = r["score"]
+    several = len({length for length, _ in columns}) > 1
+    labels = [_short(task) + (f" {_length(length)}" if several else "") for length, task in columns]
+    figure, axes = _new(3.2 + 0.62 * len(columns), 0.9 + 0.3 * len(rows))
     ax = axes[0, 0]
     ax.imshow(scores, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
-    ax.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=35, ha="right")
+    ax.set_xticks(range(len(columns)), labels, rotation=35, ha="right")
     ax.set_yticks(range(len(rows)), [_row_label(row) for row in rows])
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     for y, x in zip(*np.nonzero(np.isfinite(scores))):
-        ax.text(
-            x,
-            y,
-            f"{scores[y, x]:.2f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=_ink(scores[y, x]),
-        )
+        ax.text(x, y, f"{scores[y, x]:.2f}", ha="center", va="center", fontsize=8, color=_ink(scores[y, x]))
     return figure
 
 
@@ -279,9 +274,7 @@ def _needle_maps(needles: Sequence[Record], n_depth: int = 5) -> Figure:
                 if scores:
                     found[y, x] = np.mean(scores)
         image = ax.imshow(found, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
-        ax.set_xticks(
-            range(len(lengths)), [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths]
-        )
+        ax.set_xticks(range(len(lengths)), [_length(length) for length in lengths])
         ax.set_yticks(range(n_depth), [f"{(y + 0.5) / n_depth:.0%}" for y in range(n_depth)])
         ax.set_title("\n".join(_row_label(row).split(" · ", 1)), fontsize=7.5)
         ax.spines[:].set_visible(False)
@@ -395,6 +388,10 @@ def _name(method: str) -> str:
 
 def _short(task: str) -> str:
     return _SHORT.get(task, task.replace("_average", " average").replace("niah_", ""))
+
+
+def _length(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def _colour(method: str, number: int = 0) -> str:
