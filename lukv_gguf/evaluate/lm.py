@@ -30,6 +30,7 @@ the full cache's; share of a greedy continuation up to the first other token."""
 _N_GREEDY = 64
 _MOST_SCORED = 512  # tokens of the continuation, a quarter of the text at most
 _N_IN_CONTEXT = 128  # places of the context that are compared
+_GOLDEN = 0.6180339887  # steps that spread any number of texts evenly
 _BINS = (8, 4)  # places for curves, of the context and of the continuation
 
 
@@ -76,7 +77,7 @@ def make_texts(tokenizer: Any, length: int, n: int, seed: int) -> Iterator[Text]
     paragraphs = novel("northanger_abbey")
     first = np.random.default_rng((seed, length)).random()
     for index in range(n):
-        start = int(((first + index / n) % 1.0) * len(paragraphs))
+        start = int(((first + index * _GOLDEN) % 1.0) * len(paragraphs))
         tokens: list[int] = []
         for i in range(start, start + len(paragraphs)):
             if len(tokens) >= length:
