@@ -48,6 +48,11 @@ class Text:
         return len(self.tokens)
 
     @property
+    def n_cells(self) -> int:
+        """Tokens that a cache has to take at once."""
+        return max(self.length, self.n_context + 1 + _N_GREEDY)
+
+    @property
     def key(self) -> str:
         """A hash of all that is read."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
@@ -133,7 +138,7 @@ def read_full(model: Model, text: Text, kv_type: str, folder: Path, end_tokens: 
         reference[index] = log_probs
         found.add(index, log_probs, log_probs)
 
-    with model.session(text.length + _N_GREEDY, kv_type) as session:
+    with model.session(text.n_cells, kv_type) as session:
         reference.greedy, work = _read(session, text, True, keep, end_tokens)
     reference.values = found.values(1.0, work)
     return reference
@@ -150,7 +155,7 @@ def measure(
     def compare(index: int, log_probs: npt.NDArray[np.float32]) -> None:
         found.add(index, log_probs, reference[index])
 
-    with model.session(text.length + _N_GREEDY, cell.kv_type) as session:
+    with model.session(text.n_cells, cell.kv_type) as session:
         greedy, work = _read(session, text, cell.policy == "capacity", compare, end_tokens)
     same = 0
     for ours, theirs in zip(greedy, reference.greedy):
