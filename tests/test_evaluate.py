@@ -103,7 +103,7 @@ class TestCommand:
             assert ("vs_uniform" in one) == (one["method"] not in ("full", "uniform"))
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert {"answers.jsonl", "results.json", "report.html", "tasks.svg", "needles.png", "cost.svg"} <= names
-        assert not any(name.endswith(".gguf") for name in names)
+        assert "tables" not in names
 
         size = (tmp_path / "out" / "answers.jsonl").stat().st_size
         monkeypatch.setattr(report, "pictures", lambda *_: [])
@@ -131,7 +131,7 @@ class TestCommand:
         result = run(*options, "-o", tmp_path / "parts")
         assert result.exit_code == cli.EXIT_INTERRUPTED and "goes on from there" in result.stderr
         assert len((tmp_path / "parts" / "answers.jsonl").read_text().splitlines()) == 7
-        assert not list((tmp_path / "parts").glob("*.gguf"))
+        assert not (tmp_path / "parts" / "tables").exists()
         monkeypatch.setattr(Store, "add", add)
 
         def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -307,7 +307,7 @@ class TestMethods:
         np.testing.assert_allclose(tables.table("lukv", "keydiff").profile_budget, table.profile_budget, atol=1e-6)
 
     def test_exchanged_table_is_the_embedded_one(self, model: Path, profile: Path, tmp_path: Path) -> None:
-        tables, file = Tables(model, profile), TableFile(model, tmp_path / "work.gguf")
+        tables, file = Tables(model, profile), TableFile(model, tmp_path / "tables")
         for name in ("lukv", "uniform", "adakv", "lukv"):
             table = tables.table(name, "keydiff")
             file.select(table)
@@ -319,7 +319,7 @@ class TestMethods:
         file.select(other)
         assert metadata.read_metadata(file.path).sink == 2
         file.close()
-        assert not file.path.exists()
+        assert not (tmp_path / "tables").exists()
 
 
 class TestLanguageModelling:

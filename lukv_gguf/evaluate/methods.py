@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -184,12 +185,13 @@ class TableFile:
 
     Parameters
     ----------
-    model, path
-        The model, and where the copy goes; `close` removes it.
+    model, folder
+        The model, and a folder for the copy, which `close` removes.
     """
 
-    def __init__(self, model: Path, path: Path) -> None:
-        self._model, self.path = model, path
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self.path = folder / model.name
         self._current: LukvMetadata | None = None
 
     def select(self, table: LukvMetadata) -> None:
@@ -204,12 +206,13 @@ class TableFile:
                     file.seek(header.pairs[key].value_start + 12)  # behind the type and the number of its elements
                     file.write(np.ascontiguousarray(budget, "<f4").tobytes())
         else:
+            self._folder.mkdir(parents=True, exist_ok=True)
             metadata.embed(self._model, self.path, table)
         self._current = table
 
     def close(self) -> None:
-        """Remove the copy."""
-        self.path.unlink(missing_ok=True)
+        """Remove the copy, with all shards."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def table_key(table: LukvMetadata | None) -> str:

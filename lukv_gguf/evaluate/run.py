@@ -104,7 +104,7 @@ class _Run:
             (cell.method, cell.metric): None if cell.is_full else tables.table(cell.method, cell.metric)
             for cell in plan.cells
         }
-        self._table_file = TableFile(model, folder / f"{model.stem}-tables.gguf")
+        self._table_file = TableFile(model, folder / "tables")
         self._states: dict[tuple[Any, ...], State] = {}
         n_text = sum(len(lm.MEASURES) for _ in plan.texts)
         self._total = len(plan.cells) * (sum(len(sample.questions) for sample in plan.samples) + n_text)
