@@ -11,6 +11,7 @@ llama.cpp's kernels: the full caches of both sides say how much that alone chang
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,6 +54,7 @@ PEER = "kvpress"  # takes the place of the policy in the results
 def main(model: Path, profile: Path, python: Path, suite: str, ratio: float, length: int, n_context: int, seed: int,
          n_threads: int, output: Path, as_json: bool) -> None:
     """Ask both sides the same, and print both."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall as soon as anything else wants the cores
     try:
         results = compare(model, profile, python, suite, ratio, length, n_context, seed, n_threads, output)
     except LukvError as error:

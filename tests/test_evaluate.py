@@ -206,6 +206,15 @@ class TestCommand:
         assert not (tmp_path / "out" / "report.html").exists()
 
 
+    def test_a_model_that_runs_as_stock_is_told(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else every method would score like the full cache."""
+        monkeypatch.setattr("lukv_gguf.runtime.enabled", lambda _: False)
+        result = run(model, "--methods", "uniform", "--lengths", 700, "-n", 1, "-o", tmp_path / "out")
+        assert_error(result, "does not support")
+
+
 class TestSession:
     def test_a_restored_state_goes_on_alike(self, model: Path) -> None:
         tokens = np.random.default_rng(0).integers(3, 299, 400).tolist()

@@ -138,7 +138,7 @@ def read_full(model: Model, text: Text, kv_type: str, folder: Path, end_tokens: 
         reference[index] = log_probs
         found.add(index, log_probs, log_probs)
 
-    with model.session(text.n_cells, kv_type) as session:
+    with model.session(text.n_cells, kv_type, budgeted=False) as session:
         reference.greedy, work = _read(session, text, True, keep, end_tokens)
     reference.values = found.values(1.0, work)
     return reference
@@ -155,7 +155,7 @@ def measure(
     def compare(index: int, log_probs: npt.NDArray[np.float32]) -> None:
         found.add(index, log_probs, reference[index])
 
-    with model.session(text.n_cells, cell.kv_type) as session:
+    with model.session(text.n_cells, cell.kv_type, not cell.is_full) as session:
         greedy, work = _read(session, text, cell.policy == "capacity", compare, end_tokens)
     same = 0
     for ours, theirs in zip(greedy, reference.greedy):

@@ -177,12 +177,12 @@ class _Run:
         n_ctx = len(prompt.prefix) + max(map(len, prompt.suffixes)) + sample.n_answer
         if self._plan.query_aware:
             for i, suffix in enumerate(prompt.suffixes):
-                with model.session(n_ctx, cell.kv_type) as session:
+                with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
                     session.read(prompt.prefix + suffix)
                     session.commit()
                     self._answer(session, cell, sample, i)
             return
-        with model.session(n_ctx, cell.kv_type) as session:
+        with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
             self._read_context(session, cell, sample, prompt)
             session.commit()
             state = session.save() if len(prompt.suffixes) > 1 else None

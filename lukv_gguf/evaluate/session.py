@@ -80,9 +80,28 @@ class Model:
             raise LukvError(f"{path}: llama.cpp cannot load the model: llama-cli -m {path} says why")
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
 
-    def session(self, n_ctx: int, kv_type: str = "f16") -> Session:
-        """A new context of `n_ctx` tokens with one sequence; `kv_type` is the type of K and V."""
-        return Session(self._llama, self._model, self.n_vocab, n_ctx, kv_type, self._options)
+    def session(self, n_ctx: int, kv_type: str = "f16", budgeted: bool | None = None) -> Session:
+        """A new context with one sequence.
+
+        Parameters
+        ----------
+        n_ctx
+            Tokens.
+        kv_type
+            Type of K and V.
+        budgeted
+            Whether its cells have to be budgeted per head; None for either.
+
+        Raises
+        ------
+        LukvError
+            It cannot be made, or is not as `budgeted` says: the runtime does not support LU-KV for this model.
+        """
+        session = Session(self._llama, self._model, self.n_vocab, n_ctx, kv_type, self._options)
+        if budgeted is not None and runtime.enabled(session.context) != budgeted:
+            session.close()
+            raise LukvError(f"{self.path}: LU-KV does not support this model: llama-cli -m {self.path} says why")
+        return session
 
     def close(self) -> None:
         """Free the weights."""
