@@ -105,7 +105,8 @@ class _Run:
             for cell in plan.cells
         }
         self._table_file = TableFile(model, folder / "tables")
-        self._states: dict[tuple[Any, ...], State] = {}
+        self._states: dict[tuple[str, str, str], State] = {}
+        self._can_share = True
         n_text = sum(len(lm.MEASURES) for _ in plan.texts)
         self._total = len(plan.cells) * (sum(len(sample.questions) for sample in plan.samples) + n_text)
         self.found: list[Record] = []
@@ -187,21 +188,25 @@ class _Run:
             session.commit()
             state = session.save() if len(prompt.suffixes) > 1 else None
             for i, suffix in enumerate(prompt.suffixes):
-                if i and state is not None:
+                if state is not None:
                     session.load(state)
                 session.read(suffix)
                 self._answer(session, cell, sample, i)
 
     def _read_context(self, session: Session, cell: Cell, sample: Sample, prompt: Prompt) -> None:
         """Read it, or take it from a cell that has: before the eviction, all of policy ``prefill`` hold the same."""
-        shared = (
-            (cell.metric, cell.kv_type, sample.task, sample.length, sample.index) if cell.policy == "prefill" else None
-        )
-        if shared in self._states and session.load(self._states[shared]):
+        if cell.policy != "prefill" or not self._can_share:
+            session.read(prompt.prefix)
             return
+        key = (cell.metric, cell.kv_type, sample.key)
+        if key in self._states:
+            if session.load(self._states[key]):
+                return
+            self._can_share = False  # a runtime that restores only what was saved with the same table
+            self._states.clear()
         session.read(prompt.prefix)
-        if shared is not None:
-            self._states[shared] = session.save()
+        if self._can_share:
+            self._states[key] = session.save()
 
     def _answer(self, session: Session, cell: Cell, sample: Sample, number: int) -> None:
         question = sample.questions[number]
