@@ -174,19 +174,23 @@ class TestCommand:
         assert by_type["q8_0"] < 0.6 * by_type["f16"]
 
     def test_needs_no_torch(self, model: Path, profile: Path, tmp_path: Path) -> None:
-        code = (
-            "import sys\n"
-            "class NoTorch:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name.partition('.')[0] == 'torch': raise ModuleNotFoundError(name)\n"
-            "sys.meta_path.insert(0, NoTorch())\n"
-            "from lukv_gguf.cli import main\n"
-            f"sys.argv = ['lukv-gguf', 'eval', {str(model)!r}, '--profile', {str(profile)!r}, '--suite', 'smoke,lm', '--lengths', '700', "
-            f"'-n', '1', '--threads', '1', '-o', {str(tmp_path / 'out')!r}]\n"
-            "main()"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        def run_without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+            code = (
+                "import sys\n"
+                "class NoTorch:\n"
+                "    def find_spec(self, name, path=None, target=None):\n"
+                "        if name.partition('.')[0] == 'torch': raise ModuleNotFoundError(name=name)\n"
+                "sys.meta_path.insert(0, NoTorch())\n"
+                "from lukv_gguf.cli import main\n"
+                "main()"
+            )
+            options = ("eval", model, "--lengths", 700, "-n", 1, "--threads", 1, *arguments)
+            return subprocess.run([sys.executable, "-c", code, *map(str, options)], capture_output=True, text=True)
+
+        done = run_without_torch("--suite", "smoke,lm", "--profile", profile, "-o", tmp_path / "out")
         assert done.returncode == 0, done.stderr
+        done = run_without_torch("--methods", "lukv", "-o", tmp_path / "other")
+        assert done.returncode == 1 and "torch" in done.stderr and "--profile" in done.stderr.splitlines()[-1]
 
     def test_errors(self, model: Path, profile: Path, tmp_path: Path) -> None:
         out = ("-o", tmp_path / "out")

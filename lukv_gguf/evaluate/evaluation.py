@@ -120,17 +120,18 @@ def run(model: Path, folder: Path, request: Request, profiler: Profiler, progres
     header = read_header(model)
     with Store(folder / "answers.jsonl") as store, Tokenizer(model) as tokenizer:
         tables, metrics = _tables(model, folder, request, profiler)
+        of_suite = {suite: suites.tasks(suite, request.longbench) for suite in request.suites}
+        for name in request.tasks:
+            if not any(name in known for known in of_suite.values()):
+                raise LukvError(f"no task of these suites is called {name}; there are: {', '.join(sum(of_suite.values(), []))}")
         samples, texts = [], []
-        for suite in request.suites:
+        for suite, known in of_suite.items():
             default = suites.DEFAULTS[suite]
             lengths, n = request.lengths or default.lengths, request.n or default.n
-            known = suites.tasks(suite, request.longbench)
             chosen = [name for name in known if not request.tasks or name in request.tasks]
             samples += suites.samples(suite, chosen, tokenizer, lengths, n, request.seed, request.longbench)
             texts += suites.texts(suite, tokenizer, lengths, n, request.seed)
         samples = list({(sample.task, sample.length, sample.index): sample for sample in samples}.values())
-        if not samples and not texts:
-            raise LukvError(f"no task of these suites is called {' or '.join(request.tasks)}")
         plan = Plan(
             cells=grid(request.methods, metrics, request.ratios, request.policies, request.kv_types),
             samples=samples,
@@ -175,7 +176,12 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
         )
     if missing:
         wanted = dict.fromkeys([*metrics, *(tables.metrics() if tables.profile else [])])
-        profiler(own, [given.get(name, name) for name in wanted])
+        try:
+            profiler(own, [given.get(name, name) for name in wanted])
+        except ModuleNotFoundError as error:
+            raise LukvError(
+                f"profiling needs the Python package {error.name}; install it, or give a profile with --profile"
+            ) from None
         tables = Tables(model, own)
     return tables, metrics
 
