@@ -119,7 +119,6 @@ def run(model: Path, folder: Path, request: Request, profiler: Profiler, progres
     request.check()
     header = read_header(model)
     with Store(folder / "answers.jsonl") as store, Tokenizer(model) as tokenizer:
-        tables, metrics = _tables(model, folder, request, profiler)
         of_suite = {suite: suites.tasks(suite, request.longbench) for suite in request.suites}
         for name in request.tasks:
             if not any(name in known for known in of_suite.values()):
@@ -132,6 +131,7 @@ def run(model: Path, folder: Path, request: Request, profiler: Profiler, progres
             samples += suites.samples(suite, chosen, tokenizer, lengths, n, request.seed, request.longbench)
             texts += suites.texts(suite, tokenizer, lengths, n, request.seed)
         samples = list({(sample.task, sample.length, sample.index): sample for sample in samples}.values())
+        tables, metrics = _tables(model, folder, request, profiler)  # last: it may take long
         plan = Plan(
             cells=grid(request.methods, metrics, request.ratios, request.policies, request.kv_types),
             samples=samples,
