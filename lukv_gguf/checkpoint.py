@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +15,9 @@ import torch
 
 from lukv_gguf.errors import LukvError
 from lukv_gguf.oracle import ResidualStreams
+from lukv_gguf.profile_file import UNREADABLE
 
 Arrays = Mapping[str, npt.NDArray[np.floating]]
-
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-"""What numpy and zipfile raise for a damaged .npz; a flipped bit can ask for encryption or any compression."""
 
 
 class Checkpoint:

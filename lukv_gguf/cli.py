@@ -365,6 +365,128 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
         _print_bench(result)
 
 
+@cli.command("eval")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("--suite", "suites", default="smoke", show_default=True, help="Of smoke, ruler, longbench, lm, separated by commas.")
+@click.option("--tasks", default="", help="Only these of their tasks.  [default: all]")
+@click.option("--methods", default="full,uniform,pyramidkv,adakv,lukv", show_default=True,
+              help="Ways to split the budget; with parameters as in lukv:blend=0+floor=0.02 or lukv:profile=FILE.")
+@click.option("-r", "--ratios", default=str(defaults.RATIO), show_default=True, help="Kept fractions of the cache, in (0, 1].")
+@click.option("--metrics", default="", help="Scores that rank a head's tokens.  [default: those of the profile]")
+@click.option("--policies", default="capacity,prefill", show_default=True, help="When to evict.")
+@click.option("--kv-types", default="f16", show_default=True, help=f"Types of K and V: {', '.join(defaults.KV_TYPES)}.")
+@click.option("--lengths", default="", help="Tokens of a context with its question and answer.  [default: the suite's]")
+@click.option("-n", "--n", "n", type=click.IntRange(min=1), help="Contexts of each task and length.  [default: the suite's]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For the contexts.")
+@click.option("--query-aware", is_flag=True, help="Read the question before anything is evicted, instead of afterwards.")
+@click.option("--longbench", type=click.Path(path_type=Path), metavar="DIR", help="Folder with LongBench's files.")
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="PROFILE",
+              help="Budgets of LU-KV and Ada-KV.  [default: the file's table; what it lacks is profiled]")
+@click.option("--threads", "n_threads", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1,
+              show_default="all cores", help="Threads.")
+@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True,
+              help="Layers on the GPU, -1 for all.")
+@click.option("--ubatch", "n_ubatch", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Tokens per computation while reading.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON; - prints them.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report to this page.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder for answers, results, report and pictures.  [default: MODEL-eval]")
+def evaluate(
+    model: Path, suites: str, tasks: str, methods: str, ratios: str, metrics: str, policies: str, kv_types: str, lengths: str,
+    profile_path: Path | None, n_threads: int, n_gpu_layers: int, n_ubatch: int, json_path: Path | None,
+    html_path: Path | None, output: Path | None, **options: Any,
+) -> None:
+    """Compare ways to split the cache over heads on tasks, against the full cache.
+
+    A context is cached first and then asked about. Every answer is kept in DIR: an interrupted run goes on where it was
+    when the same command is given again, and another one asks only what is new.
+    """
+    _set_thread_policy()
+    from lukv_gguf.evaluate.evaluation import Request, run, write_json
+    from lukv_gguf.evaluate.session import Options
+
+    request = Request(
+        suites=_names(suites),
+        tasks=_names(tasks),
+        methods=_names(methods),
+        metrics=_names(metrics),
+        ratios=_numbers("--ratios", ratios, float),
+        policies=_names(policies),
+        kv_types=_names(kv_types),
+        lengths=_numbers("--lengths", lengths, int),
+        profile=profile_path,
+        options=Options(n_threads, n_gpu_layers, n_ubatch),
+        **options,
+    )
+    folder = output or Path(f"{model.stem}-eval")
+
+    def make_profile(path: Path, names: list[str]) -> None:
+        click.echo(f"profiling {model} for {', '.join(names)}", err=True)
+        with click.Context(profile) as ctx:
+            ctx.invoke(profile, model=model, output=path, force=True, metric=",".join(names))
+
+    with _evaluation_bar() as progress:
+        try:
+            found = run(model, folder, request, make_profile, progress)
+        except KeyboardInterrupt:
+            click.echo(f"lukv-gguf: {folder} keeps the answers so far; the same command goes on from there", err=True)
+            raise
+    from lukv_gguf.evaluate import report  # matplotlib: not needed before
+
+    write_json(folder / "results.json", found)
+    drawn = report.pictures(found.results, found.records)
+    report.write_page(html_path or folder / "report.html", found.results, drawn, found.model, found.facts)
+    report.write_pictures(folder, drawn)
+    if json_path is not None and str(json_path) == "-":
+        click.echo(json.dumps(found.to_dict()))
+        return
+    if json_path is not None:
+        write_json(json_path, found)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in report.tables(found.results):
+        console.print(table)
+        console.print()
+    click.echo(f"written  {html_path or folder / 'report.html'}")
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(name) for name in _names(text)]
+    except ValueError:
+        raise click.UsageError(f"{option} takes numbers separated by commas, not {text!r}.") from None
+
+
+@contextlib.contextmanager
+def _evaluation_bar() -> Iterator[Any]:
+    """A callback (what, answers done, answers in all) that draws one bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=Console(stderr=True))
+    task: Any = None
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            bars.start()
+            task = bars.add_task(what, total=total)
+        bars.update(task, description=what, completed=done)
+
+    try:
+        yield progress
+    finally:
+        if task is not None:
+            bars.stop()
+
+
 @contextlib.contextmanager
 def _saying_how_to_resume(checkpoint: Path) -> Iterator[None]:
     try:

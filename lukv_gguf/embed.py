@@ -18,7 +18,7 @@ from lukv_gguf.gguf_header import GgufHeader, check_writable, missing_shards, na
 from lukv_gguf.metadata import LukvMetadata
 
 if TYPE_CHECKING:
-    from lukv_gguf.profile import Profile
+    from lukv_gguf.profile_file import Profile
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -111,7 +111,7 @@ def embed_model(
     if profile_path is not None:
         profile = _read_profile(profile_path, metric, header)
     elif allocation in ("uniform", "pyramidkv"):
-        profile = _blank_profile(metric or defaults.METRIC, header, protocol)
+        profile = blank_profile(metric or defaults.METRIC, metadata.model_shape(header), protocol)
     else:
         from lukv_gguf.profile import profile_model  # torch: slow to import, and not needed for the checks
 
@@ -152,13 +152,12 @@ def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHea
     return replace(profile, provenance={**profile.provenance, "profile_sha256": digest})
 
 
-def _blank_profile(metric: str, header: GgufHeader, protocol: Mapping[str, Any]) -> Profile:
-    """What an allocation needs that looks at nothing but the shape."""
+def blank_profile(metric: str, shape: tuple[int, int], protocol: Mapping[str, Any]) -> Profile:
+    """What an allocation needs that looks at nothing but the shape (L, H): a uniform profile."""
     from lukv_gguf import metrics
-    from lukv_gguf.profile import GRID_RATIOS, Profile
+    from lukv_gguf.profile_file import GRID_RATIOS, Profile
 
     chosen = metrics.get(metric)
-    shape = metadata.model_shape(header)
     return Profile(
         metric=chosen.name,
         metric_params=dict(chosen.params),
@@ -204,7 +203,7 @@ def build_metadata(
 
 def profile_of(meta: LukvMetadata, model: str) -> Profile:
     """The table of an embedded model as a profile: its budgets, blended as they are, and no measurements."""
-    from lukv_gguf.profile import Profile
+    from lukv_gguf.profile_file import Profile
 
     return Profile(
         metric=meta.metric,

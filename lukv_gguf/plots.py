@@ -17,12 +17,12 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from lukv_gguf.errors import LukvError  # noqa: E402
 from lukv_gguf.gguf_header import replacing  # noqa: E402
-from lukv_gguf.profile import GAP_RATIO, Profile  # noqa: E402
+from lukv_gguf.profile_file import GAP_RATIO, Profile  # noqa: E402
 from lukv_gguf.stability import rank_correlation, split_half_correlation  # noqa: E402
 
 FORMATS = (".png", ".svg", ".html")
 _RATIOS = (0.1, 0.2, 0.5)  # of which the budgets by layer are drawn
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -68,7 +68,7 @@ def plot_profile(
         panels.append(_draw_gap)
     if profile.query_budget is not None and len(profile.query_budget) > 1 or others:
         panels.append(_draw_stability)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.1 * ((len(panels) + 1) // 2) + 0.4), layout="constrained")
         model = profile.provenance.get("profiled_model", "")
         figure.suptitle(f"{model}: {profile.metric}".removeprefix(": "), x=0.01, ha="left", fontweight="bold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lukv_gguf import allocation, defaults, metrics, oracle
-from lukv_gguf.allocation import apply_floor_and_blend, concave_envelope, greedy_counts, marginal_gains
+from lukv_gguf import defaults, metrics, oracle
+from lukv_gguf.allocation import concave_envelope, greedy_counts, marginal_gains
 from lukv_gguf.answers import decode_answers
 from lukv_gguf.checkpoint import Checkpoint
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric
+from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,10 +29,7 @@ IntArray = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, steps done, and steps in all."""
 
-GRID_RATIOS = np.arange(1, 100) / 100.0
-GAP_RATIO = 0.2  # the kept fraction at which a profile reports the optimality gap
 ENGINES = ("auto", "llama", "torch")
-ALLOCATIONS = ("lukv", "uniform", "pyramidkv", "adakv")
 _TORCH_WEIGHTS = 10**9  # more, and the reference model no longer answers with all its weights in memory
 
 
@@ -87,116 +85,6 @@ class Protocol:
     def ratios(self) -> FloatArray:
         """Kept fractions of the grid, ascending."""
         return np.arange(1, self.n_ratio + 1) / (self.n_ratio + 1)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Budgets of a model for one metric.
-
-    Attributes
-    ----------
-    metric, metric_params, sink, recent
-        What the budgets were solved for; they hold for nothing else. `sink` and `recent` are the
-        protected tokens at the start and at the end.
-    ratios : array [n]
-        Kept fractions of the whole cache, ascending.
-    budget : array [n, L, H]
-        Φ: kept fraction per head, as solved. The mean of ``budget[i]`` is ``ratios[i]``.
-    gap : array [L, H]
-        Optimality gap of the metric where every head keeps `GAP_RATIO`, as a share of the head's total
-        importance; mean over queries.
-    provenance
-        How the profile came about.
-    budgeted : bool array [L]
-        Layers whose cache can be shared out. The others, with a sliding window, hold no more than that; their rows of
-        `budget` are the ratio.
-    marginal : float32 array [L, H, T], optional
-        Importance of the position at each rank, d(i); mean over queries.
-    scores : float32 array [L, H, T], optional
-        The metric's score at each rank; infinite for protected tokens.
-    query_budget : float32 array [Q, n, L, H], optional
-        The budgets of each query, of which `budget` is the mean.
-    """
-
-    metric: str
-    metric_params: Mapping[str, float]
-    sink: int
-    recent: int
-    ratios: FloatArray
-    budget: FloatArray
-    gap: FloatArray
-    provenance: Mapping[str, str]
-    budgeted: npt.NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
-    marginal: npt.NDArray[np.float32] | None = None
-    scores: npt.NDArray[np.float32] | None = None
-    query_budget: npt.NDArray[np.float32] | None = None
-
-    def __post_init__(self) -> None:
-        if self.budgeted is None:
-            object.__setattr__(self, "budgeted", np.ones(self.budget.shape[1], dtype=bool))
-
-    def allocated(self, name: str) -> Profile:
-        """The same with the budgets of another allocation: one of `ALLOCATIONS`.
-
-        Raises
-        ------
-        LukvError
-            No such allocation, or the profile has no scores to allocate by.
-        """
-        if name == "lukv":
-            return self
-        n_layer, n_head_kv = int(self.budgeted.sum()), self.budget.shape[2]
-        if name == "uniform":
-            table = allocation.uniform(self.ratios, n_layer, n_head_kv)
-        elif name == "pyramidkv":
-            table = allocation.pyramid_kv(self.ratios, n_layer, n_head_kv)
-        elif name == "adakv":
-            if self.scores is None:
-                raise LukvError("this profile holds no scores, which adakv needs; profile the model again")
-            table = allocation.ada_kv(self.scores[self.budgeted], self.ratios)
-        else:
-            raise LukvError(f"unknown allocation {name!r}; known: {', '.join(ALLOCATIONS)}")
-        budget = np.broadcast_to(self.ratios[:, None, None], self.budget.shape).copy()
-        budget[:, self.budgeted] = table
-        return replace(self, budget=budget)
-
-    def budgets(self, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
-        """Budgets to use: Φ blended with uniform, with a floor.
-
-        Returns
-        -------
-        array [n, L, H]
-            The mean of entry i is ``ratios[i]``.
-
-        Raises
-        ------
-        LukvError
-            `floor` or `blend` is not in [0, 1].
-        """
-        return apply_floor_and_blend(self.budget, self.ratios, floor, blend)
-
-    def budget_at(self, ratio: float, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
-        """Budget for any ratio, linear between the grid's, empty at 0 and full at 1.
-
-        Returns
-        -------
-        array [L, H]
-            Its mean is `ratio`.
-
-        Raises
-        ------
-        LukvError
-            `ratio` is not in (0, 1], or `floor` or `blend` not in [0, 1].
-        """
-        if not 0.0 < ratio <= 1.0:
-            raise LukvError(f"ratio must lie in (0, 1], not {ratio:g}")
-        shape = (1, *self.budget.shape[1:])
-        grid = np.concatenate(([0.0], self.ratios, [1.0]))
-        table = np.concatenate((np.zeros(shape), self.budget, np.ones(shape)))
-        right = int(np.clip(np.searchsorted(grid, ratio), 1, len(grid) - 1))
-        weight = (ratio - grid[right - 1]) / (grid[right] - grid[right - 1])
-        between = (1.0 - weight) * table[right - 1] + weight * table[right]
-        return apply_floor_and_blend(np.clip(between, 0.0, 1.0), ratio, floor, blend)
 
 
 def profile_model(

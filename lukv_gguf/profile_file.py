@@ -1,4 +1,4 @@
-"""Profiles on the disk: one self-describing file for all metrics of a run, and the curves of the LU-KV project.
+"""Profiles: the record, one self-describing file for all metrics of a run, and the curves of the LU-KV project.
 
 A profile file is a NumPy archive (``.npz``, no pickled objects):
 
@@ -20,24 +20,145 @@ from __future__ import annotations
 
 import datetime
 import json
+import lzma
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lukv_gguf import __version__
-from lukv_gguf.checkpoint import UNREADABLE
+from lukv_gguf import __version__, allocation
+from lukv_gguf.allocation import apply_floor_and_blend
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import replacing
 from lukv_gguf.metadata import MEAN_TOLERANCE
-from lukv_gguf.profile import Profile
 
 FORMAT, VERSION = "lukv-profile", 1
-CURVE_RATIOS = np.arange(1, 100) / 100.0
+GRID_RATIOS = np.arange(1, 100) / 100.0  # also those of the LU-KV project's curves
+GAP_RATIO = 0.2  # the kept fraction at which a profile reports the optimality gap
+ALLOCATIONS = ("lukv", "uniform", "pyramidkv", "adakv")
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What numpy and zipfile raise for a damaged .npz; a flipped bit can ask for encryption or any compression."""
 _OPTIONAL = ("marginal", "scores", "query_budget")
 _UNREADABLE = (*UNREADABLE, TypeError, AttributeError, MemoryError)
+
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Budgets of a model for one metric.
+
+    Attributes
+    ----------
+    metric, metric_params, sink, recent
+        What the budgets were solved for; they hold for nothing else. `sink` and `recent` are the
+        protected tokens at the start and at the end.
+    ratios : array [n]
+        Kept fractions of the whole cache, ascending.
+    budget : array [n, L, H]
+        Φ: kept fraction per head, as solved. The mean of ``budget[i]`` is ``ratios[i]``.
+    gap : array [L, H]
+        Optimality gap of the metric where every head keeps `GAP_RATIO`, as a share of the head's total
+        importance; mean over queries.
+    provenance
+        How the profile came about.
+    budgeted : bool array [L]
+        Layers whose cache can be shared out. The others, with a sliding window, hold no more than that; their rows of
+        `budget` are the ratio.
+    marginal : float32 array [L, H, T], optional
+        Importance of the position at each rank, d(i); mean over queries.
+    scores : float32 array [L, H, T], optional
+        The metric's score at each rank; infinite for protected tokens.
+    query_budget : float32 array [Q, n, L, H], optional
+        The budgets of each query, of which `budget` is the mean.
+    """
+
+    metric: str
+    metric_params: Mapping[str, float]
+    sink: int
+    recent: int
+    ratios: FloatArray
+    budget: FloatArray
+    gap: FloatArray
+    provenance: Mapping[str, str]
+    budgeted: npt.NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
+    marginal: npt.NDArray[np.float32] | None = None
+    scores: npt.NDArray[np.float32] | None = None
+    query_budget: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.budgeted is None:
+            object.__setattr__(self, "budgeted", np.ones(self.budget.shape[1], dtype=bool))
+
+    def allocated(self, name: str) -> Profile:
+        """The same with the budgets of another allocation: one of `ALLOCATIONS`.
+
+        Raises
+        ------
+        LukvError
+            No such allocation, or the profile has no scores to allocate by.
+        """
+        if name == "lukv":
+            return self
+        n_layer, n_head_kv = int(self.budgeted.sum()), self.budget.shape[2]
+        if name == "uniform":
+            table = allocation.uniform(self.ratios, n_layer, n_head_kv)
+        elif name == "pyramidkv":
+            table = allocation.pyramid_kv(self.ratios, n_layer, n_head_kv)
+        elif name == "adakv":
+            if self.scores is None:
+                raise LukvError("this profile holds no scores, which adakv needs; profile the model again")
+            table = allocation.ada_kv(self.scores[self.budgeted], self.ratios)
+        else:
+            raise LukvError(f"unknown allocation {name!r}; known: {', '.join(ALLOCATIONS)}")
+        budget = np.broadcast_to(self.ratios[:, None, None], self.budget.shape).copy()
+        budget[:, self.budgeted] = table
+        return replace(self, budget=budget)
+
+    def budgets(self, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
+        """Budgets to use: Φ blended with uniform, with a floor.
+
+        Returns
+        -------
+        array [n, L, H]
+            The mean of entry i is ``ratios[i]``.
+
+        Raises
+        ------
+        LukvError
+            `floor` or `blend` is not in [0, 1].
+        """
+        return apply_floor_and_blend(self.budget, self.ratios, floor, blend)
+
+    def budget_at(self, ratio: float, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
+        """Budget for any ratio, linear between the grid's, empty at 0 and full at 1.
+
+        Returns
+        -------
+        array [L, H]
+            Its mean is `ratio`.
+
+        Raises
+        ------
+        LukvError
+            `ratio` is not in (0, 1], or `floor` or `blend` not in [0, 1].
+        """
+        if not 0.0 < ratio <= 1.0:
+            raise LukvError(f"ratio must lie in (0, 1], not {ratio:g}")
+        shape = (1, *self.budget.shape[1:])
+        grid = np.concatenate(([0.0], self.ratios, [1.0]))
+        table = np.concatenate((np.zeros(shape), self.budget, np.ones(shape)))
+        right = int(np.clip(np.searchsorted(grid, ratio), 1, len(grid) - 1))
+        weight = (ratio - grid[right - 1]) / (grid[right] - grid[right - 1])
+        between = (1.0 - weight) * table[right - 1] + weight * table[right]
+        return apply_floor_and_blend(np.clip(between, 0.0, 1.0), ratio, floor, blend)
 
 
 def save_profiles(path: str | Path, profiles: Mapping[str, Profile]) -> None:
@@ -134,7 +255,7 @@ def export_curve(path: str | Path, profile: Profile) -> None:
     ----------
     kvpress's ``LUKVPress`` and the curves of https://github.com/baidu-baige/LU-KV.
     """
-    kept = np.stack([profile.budget_at(1.0 - pruned) for pruned in CURVE_RATIOS])
+    kept = np.stack([profile.budget_at(1.0 - pruned) for pruned in GRID_RATIOS])
     with replacing(Path(path)) as file:
         np.save(file, 1.0 - kept)
 
@@ -166,13 +287,13 @@ def import_curve(
         found = f"{curve.dtype} {list(curve.shape)}" if isinstance(curve, np.ndarray) else "several arrays"
         raise LukvError(f"{path}: a curve holds floats [99, layers, KV heads], this file {found}")
     budget = 1.0 - curve[::-1].astype(np.float64)
-    _check_budget(f"{path}: the curve", budget, CURVE_RATIOS)
+    _check_budget(f"{path}: the curve", budget, GRID_RATIOS)
     return Profile(
         metric=metric,
         metric_params=dict(metric_params),
         sink=sink,
         recent=recent,
-        ratios=CURVE_RATIOS,
+        ratios=GRID_RATIOS,
         budget=budget,
         gap=np.full(budget.shape[1:], np.nan),
         provenance={"profiled_model": model, "curve": Path(path).name},

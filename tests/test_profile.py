@@ -13,7 +13,8 @@ from tiny_gguf import CHAT_TEMPLATE, write_tiny
 
 from lukv_gguf import allocation, metrics, oracle
 from lukv_gguf.errors import LukvError
-from lukv_gguf.profile import GRID_RATIOS, Profile, profile_model, rank_positions, solve_budgets
+from lukv_gguf.profile import profile_model, rank_positions, solve_budgets
+from lukv_gguf.profile_file import GRID_RATIOS, Profile
 from lukv_gguf.reference import ReferenceModel, Tokenizer
 from lukv_gguf.stability import rank_correlation
 

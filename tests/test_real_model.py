@@ -87,3 +87,11 @@ def test_needles_survive_where_uniform_budgets_lose_them(smollm2: Path, embedded
 
     for policy in ("prefill", "capacity"):
         assert score(embedded, policy) >= score(smollm2, policy) + 0.1
+
+
+def test_evaluation_of_the_embedded_model(embedded: Path, tmp_path: Path) -> None:
+    """From 20 % of the cache, LU-KV predicts prose more like the full cache than uniform budgets do."""
+    out = run("eval", embedded, "--suite", "lm", "--lengths", 768, "-n", 1, "--methods", "uniform,lukv", "--policies", "capacity",
+              "-o", tmp_path, "--json", "-")  # fmt: skip
+    divergence = {one["method"]: one["score"] for one in json.loads(out)["results"] if one["task"] == "lm_kl"}
+    assert divergence["full"] == 0.0 and 0.0 < divergence["lukv"] < divergence["uniform"]

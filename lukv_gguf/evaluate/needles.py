@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lukv_gguf import runtime
+from lukv_gguf.evaluate.session import Model, Options
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 _THINGS = "harbour lantern orchard violin glacier compass granary lighthouse carpenter falcon meadow cellar".split()
 _PLACES = "Aldmoor Brenwick Castello Dunmarra Elverum Farrow Glenholt Hartsea Ivarstad Juniper Kestrel Lowmere".split()
+
 
 @dataclass(frozen=True)
 class NeedleContext:
@@ -88,42 +89,23 @@ def ask(
     list of list of bool
         Which questions of each context were answered with the right number.
     """
-    from llama_cpp import Llama
-
     tokenizer = Tokenizer(method.model)
     before, after = tokenizer.frame_user_message()
     results: list[list[bool]] = []
-    for i, context in enumerate(contexts):
-        prefix = tokenizer.begin_tokens(before + context.text)
-        suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in context.questions]
-        llama = Llama(
-            model_path=str(method.model),
-            kv_overrides=method.overrides or None,
-            n_ctx=len(prefix) + max(map(len, suffixes)) + n_answer,
-            n_batch=n_ubatch,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            flash_attn=True,
-            verbose=False,
-        )
-        llama.eval(prefix)
-        if runtime.enabled(llama):
-            runtime.commit(llama)
-        state = llama.save_state()
-        results.append([])
-        for suffix, answer in zip(suffixes, context.answers):
-            llama.load_state(state)
-            tokens = list(suffix)
-            said: list[int] = []
-            for _ in range(n_answer):
-                llama.eval(tokens)
-                tokens = [llama.sample(temp=0.0)]
-                if tokens[0] in tokenizer.end_tokens:
-                    break
-                said += tokens
-            results[-1].append(answer in tokenizer.decode(said))
-        if progress is not None:
-            progress(i + 1, len(contexts))
-        llama.close()
+    with Model(method.model, method.overrides, Options(n_threads, n_ubatch=n_ubatch)) as model:
+        for i, context in enumerate(contexts):
+            prefix = tokenizer.begin_tokens(before + context.text)
+            suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in context.questions]
+            with model.session(len(prefix) + max(map(len, suffixes)) + n_answer) as session:
+                session.read(prefix)
+                session.commit()
+                state = session.save()
+                results.append([])
+                for suffix, answer in zip(suffixes, context.answers):
+                    session.load(state)
+                    session.read(suffix)
+                    said = session.generate(n_answer, tokenizer.end_tokens)
+                    results[-1].append(answer in tokenizer.decode(said))
+            if progress is not None:
+                progress(i + 1, len(contexts))
     return results
