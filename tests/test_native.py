@@ -12,7 +12,7 @@ import tiny_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp import Llama
-from tiny_gguf import ARCHITECTURES, TinyModel, write_tiny
+from tiny_gguf import ARCHITECTURES, RUNTIME_ONLY, TinyModel, write_tiny
 
 from lukv_gguf import metrics, runtime
 from lukv_gguf.errors import LukvError
@@ -262,10 +262,11 @@ def test_owned_cells_sum_to_the_ratio(tiny: TinyModel, embedded: Path, ratio: fl
 WINDOWS = {"phi3-window": {"attention.sliding_window": 40}, "olmo2-window": {"attention.sliding_window": 40}}
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, *WINDOWS])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *RUNTIME_ONLY, *WINDOWS])
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_every_architecture_at_ratio_1_is_stock(tmp_path: Path, arch: str, flash_attn: bool) -> None:
-    plain = write_tiny(tmp_path / "plain.gguf", arch.removesuffix("-window"), d_head=64, extra=WINDOWS.get(arch))
+    n_layer = 4 if arch in RUNTIME_ONLY else 3  # one without a window
+    plain = write_tiny(tmp_path / "plain.gguf", arch.removesuffix("-window"), n_layer=n_layer, d_head=64, extra=WINDOWS.get(arch))
     model = load(plain.path, {"lukv.ratio": 1.0}, kv_type=F16, flash_attn=flash_attn)
     stock = load(plain.path, kv_type=F16, flash_attn=flash_attn)
     assert runtime.enabled(model)
@@ -347,8 +348,11 @@ def test_sliding_windows_are_left_alone(tmp_path: Path) -> None:
 def test_what_is_not_supported_runs_as_stock(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny_gguf, "ARCHITECTURES", ("internlm2",))  # llama's tensors by another name
+    monkeypatch.setattr(tiny_gguf, "RUNTIME_ONLY", ("internlm2", "cohere2"))  # the first has llama's tensors by another name
     plain, path = tmp_path / "plain.gguf", tmp_path / "lukv.gguf"
+    tiny = write_tiny(plain, "cohere2")  # the first layer without a window would be the fourth
+    assert not runtime.enabled(load(plain, {"lukv.ratio": 0.25}, verbose=True))
+    assert "LU-KV is off, the KV cache has its full size: all layers have a sliding window" in capfd.readouterr().err
     tiny = write_tiny(plain, "internlm2")
     embed(plain, path, metadata(uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), 0.25))
     model = load(path, kv_type=F16, flash_attn=True, verbose=True)

@@ -13,14 +13,19 @@ ARCHITECTURES = (
     "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "granite", "starcoder2", "olmo2",
     "smollm3", "exaone", "command-r",
 )  # fmt: skip
-_LAYER_NORM = ("starcoder2", "command-r")
-_ALWAYS_TIED = ("gemma2", "command-r")
+# the cache runs these too, but the reference model does not
+RUNTIME_ONLY = ("cohere2", "gpt-oss", "llama4")
+_LAYER_NORM = ("starcoder2", "command-r", "cohere2")
+_ALWAYS_TIED = ("gemma2", "command-r", "cohere2")
 _POST_NORMS = ("gemma2", "gemma3", "olmo2")
 _METADATA: dict[str, dict[str, Any]] = {
     "gemma2": {"attention.sliding_window": 40, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     "gemma3": {"attention.sliding_window": 40, "attention.sliding_window_pattern": 2},
     "granite": {"attention.scale": 0.1, "residual_scale": 0.5, "embedding_scale": 3.0, "logit_scale": 2.0},
     "command-r": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, "attention.sliding_window": 40},
+    "gpt-oss": {"attention.sliding_window": 40},
+    "llama4": {"interleave_moe_layer_step": 1},
 }
 FIRST_BYTE_TOKEN = 3  # after <unk>, <s> and </s>
 FIRST_WORD_TOKEN = FIRST_BYTE_TOKEN + 256
@@ -77,7 +82,7 @@ def write_tiny(
     path
         File to write.
     arch
-        One of `ARCHITECTURES`.
+        One of `ARCHITECTURES` or `RUNTIME_ONLY`.
     n_embd
         Width of the residual stream; ``n_head * d_head`` by default. Any other width makes
         ``attention.key_length`` and ``attention.value_length`` necessary, and they are written.
@@ -104,14 +109,14 @@ def write_tiny(
     TinyModel
         The shape, and the tensors as written (row-major, ``[n_out, n_in]``).
     """
-    if arch not in ARCHITECTURES:
+    if arch not in ARCHITECTURES + RUNTIME_ONLY:
         raise ValueError(f"unknown architecture {arch!r}")
     if n_vocab < FIRST_WORD_TOKEN:
         raise ValueError(f"n_vocab must be at least {FIRST_WORD_TOKEN}")
     default_width = n_head * d_head
     n_embd = default_width if n_embd is None else n_embd
     biases = arch in ("qwen2", "qwen2moe", "starcoder2") if biases is None else biases
-    n_expert = (4 if arch.endswith("moe") else 0) if n_expert is None else n_expert
+    n_expert = (4 if arch.endswith("moe") or arch in ("gpt-oss", "llama4") else 0) if n_expert is None else n_expert
     rng = np.random.default_rng(seed)
 
     def matrix(n_out: int, n_in: int, gain: float = 1.0) -> np.ndarray:
@@ -156,15 +161,24 @@ def write_tiny(
         elif arch == "command-r" and n_layer >= 64:
             tensors[block + "attn_q_norm.weight"] = vector(n_head * d_head, 1.0, 0.1).reshape(n_head, d_head)
             tensors[block + "attn_k_norm.weight"] = vector(n_head_kv * d_head, 1.0, 0.1).reshape(n_head_kv, d_head)
-        if arch not in ("olmo2", "command-r"):
+        if arch == "gpt-oss":
+            tensors[block + "attn_sinks.weight"] = vector(n_head, 1.0, 1.0)
+            tensors[block + "attn_output.bias"] = vector(n_embd, 0.0, 0.3)
+            tensors[block + "post_attention_norm.weight"] = vector(n_embd, 1.0, 0.1)
+        if arch not in ("olmo2", "command-r", "cohere2", "gpt-oss"):
             tensors[block + "ffn_norm.weight"] = vector(n_embd, 1.0, 0.1)
         if n_expert:
             tensors[block + "ffn_gate_inp.weight"] = matrix(n_expert, n_embd, 3.0)
             tensors[block + "ffn_gate_exps.weight"] = experts(n_ff, n_embd)
             tensors[block + "ffn_up_exps.weight"] = experts(n_ff, n_embd)
             tensors[block + "ffn_down_exps.weight"] = experts(n_embd, n_ff)
+            if arch == "gpt-oss":
+                tensors[block + "ffn_gate_inp.bias"] = vector(n_expert, 0.0, 0.3)
+                for name, n in (("gate", n_ff), ("up", n_ff), ("down", n_embd)):
+                    tensors[block + f"ffn_{name}_exps.bias"] = np.stack([vector(n, 0.0, 0.3) for _ in range(n_expert)])
             if arch == "qwen2moe":
                 tensors[block + "ffn_gate_inp_shexp.weight"] = vector(n_embd, 0.0, 0.3)
+            if arch in ("qwen2moe", "llama4"):
                 tensors[block + "ffn_gate_shexp.weight"] = matrix(n_ff, n_embd)
                 tensors[block + "ffn_up_shexp.weight"] = matrix(n_ff, n_embd)
                 tensors[block + "ffn_down_shexp.weight"] = matrix(n_embd, n_ff)

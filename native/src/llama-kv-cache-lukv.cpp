@@ -2254,6 +2254,9 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
         case LLM_ARCH_SMOLLM3:
         case LLM_ARCH_EXAONE:
         case LLM_ARCH_COMMAND_R:
+        case LLM_ARCH_COHERE2:
+        case LLM_ARCH_OPENAI_MOE:
+        case LLM_ARCH_LLAMA4:
             break;
         default:
             return format("the architecture %s is not supported yet", llm_arch_name(model.arch));
@@ -2261,6 +2264,13 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
 
     if (hparams.use_alibi || hparams.n_pos_per_embd() > 1 || hparams.n_layer_nextn > 0 || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "this kind of model or context is not supported";
+    }
+    bool is_swa = true;
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        is_swa = is_swa && hparams.is_swa(il);
+    }
+    if (is_swa) {
+        return "all layers have a sliding window";
     }
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (hparams.n_head_kv(il) != hparams.n_head_kv(0) || !hparams.has_kv(il)) {
