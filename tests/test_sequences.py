@@ -91,6 +91,28 @@ def test_sequences_equal_reference(tiny: TinyModel, embedded: Path, flash_attn: 
             assert (usage.owned >= wanted - 1).all()
 
 
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sequences_at_ratio_1_are_stock(tmp_path: Path, arch: str, flash_attn: bool, unified: bool) -> None:
+    """Prompts and generated tokens of several sequences in one batch, with and without sliding windows."""
+    model = write_tiny(tmp_path / "plain.gguf", arch, d_head=64, n_ctx=4096)
+    options = dict(kv_type=F16, flash_attn=flash_attn, unified=unified, n_ctx=1536, n_seq_max=3)
+    with Context(model.path, **options) as stock, Context(model.path, overrides={"lukv.ratio": 1.0}, **options) as context:
+        assert runtime.enabled(context.ctx) and not runtime.enabled(stock.ctx)
+        sizes = [{0: 100}, {0: 1, 1: 150}, {0: 1, 1: 1, 2: 40}, {2: 1}, {0: 2, 1: 2, 2: 2}, *[{0: 1, 1: 1, 2: 1}] * 5]
+        for step, size in enumerate(sizes):
+            batch = {s: random_tokens(n, 100 * step + s) for s, n in size.items()}
+            got, want = context.decode(batch), stock.decode(batch)
+            for s in batch:
+                assert nmse(got[s], want[s]) < (1e-4 if flash_attn else 1e-6)
+            if step == 3:
+                for cache in (context, stock):
+                    cache.remove(1, 120)
+                    cache.remove(2, -1)
+                    cache.copy(1, 2)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Any operations on a live cache, and the same ones on the plain one."""
 
