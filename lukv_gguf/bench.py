@@ -54,6 +54,8 @@ class BenchResult:
     token_ms_* : milliseconds that the slowest of 100 generated tokens takes (99th percentile): what a commit costs.
     *_stock_same_cells : stock at the depth ``ratio * depth``: as many cells as LU-KV keeps.
     peak_rss_* : largest resident memory of the process, bytes.
+    token_times_ms : of each generated token, by side ("stock", "LU-KV", "stock, same cells"), in the order of the tokens and
+        over all runs; not in `to_dict`.
     """
 
     ratio: float
@@ -73,9 +75,10 @@ class BenchResult:
     prefill_end_tps_stock_same_cells: float
     peak_rss_stock: int
     peak_rss_lukv: int
+    token_times_ms: dict[str, list[float]]
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "token_times_ms"}
 
 
 def bench(
@@ -165,6 +168,7 @@ def bench(
         prefill_end_tps_stock_same_cells=best("stock, same cells", "prefill_end_tps"),
         peak_rss_stock=best("stock", "peak_rss"),
         peak_rss_lukv=best("LU-KV", "peak_rss"),
+        token_times_ms={name: [time for run in runs for time in run["token_times_ms"]] for name, runs in results.items()},
     )
 
 
@@ -238,6 +242,7 @@ def measure(run: Run) -> dict[str, Any]:
         "prefill_end_tps": n_end / (read - near),
         "decode_tps": run.n_gen / (times[-1] - read),
         "token_ms": 1000.0 * float(np.quantile(np.diff(times), 0.99)),
+        "token_times_ms": (1000.0 * np.diff(times)).tolist(),
         "peak_rss": peak_rss(),
     }
 

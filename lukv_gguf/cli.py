@@ -349,7 +349,9 @@ def strip(model: Path, output: Path | None, force: bool) -> None:
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True,
               help="Times that each side runs; the best counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(model: Path, as_json: bool, **options: Any) -> None:
+@click.option("--histogram", type=click.Path(path_type=Path), metavar="FILE.png|.svg",
+              help="Draw how long the generated tokens took, one by one.")
+def bench(model: Path, as_json: bool, histogram: Path | None, **options: Any) -> None:
     """Measure memory and speed with LU-KV against the full cache.
 
     Both sides run in turn, each in a process of its own; so does the full cache at the depth RATIO x DEPTH, which reads
@@ -357,8 +359,14 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
     """
     from lukv_gguf.bench import bench as run_bench
 
+    if histogram is not None and histogram.suffix not in (".png", ".svg"):
+        raise LukvError(f"{histogram}: a histogram is a .png or an .svg file")
     with _progress_bars() as progress:
         result = run_bench(model, progress=lambda _, done, total: progress("runs", done, total), **options)
+    if histogram is not None:
+        from lukv_gguf.plots import plot_token_times
+
+        plot_token_times(result.token_times_ms, histogram)
     if as_json:
         click.echo(json.dumps(result.to_dict()))
     else:

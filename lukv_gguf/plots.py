@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -84,6 +84,35 @@ def plot_profile(
         data = _page(profile, data.decode()).encode()
     with replacing(path) as file:
         file.write(data)
+
+
+def plot_token_times(times_ms: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """Draw a histogram of how long generated tokens took, and each of them in its order.
+
+    Parameters
+    ----------
+    times_ms
+        Milliseconds of each token, by name.
+    path
+        ``.png`` or ``.svg``.
+
+    Raises
+    ------
+    LukvError
+        The file cannot be written.
+    """
+    edges = np.linspace(0.0, 1.05 * max(np.quantile(times, 0.995) for times in times_ms.values()), 80)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        histogram, series = figure.subplots(1, 2)
+        for name, times in times_ms.items():
+            histogram.hist(np.minimum(times, edges[-1]), edges, histtype="step", label=f"{name}, median {np.median(times):.1f} ms")
+            series.plot(times, linewidth=0.8)
+        histogram.set(title="Generated tokens by time", xlabel="ms (the last bar: and more)", ylabel="tokens", yscale="log")
+        histogram.legend(loc="upper right", fontsize=8)
+        series.set(title="In their order", xlabel="token", ylabel="ms", ylim=(0, None))
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
 
 
 def _draw_budgets(ax: Axes, profile: Profile, ratio: float, others: Mapping[str, Profile]) -> None:
