@@ -28,7 +28,7 @@ MEMORY = (
     "lukv-save-load-state-all", "lukv-thread-safety", "lukv-state-restore-fragmented",
 )  # fmt: skip
 FIXTURES = ("test-generate-models", "lukv-tables")  # models that others need
-DOWNLOADING = {  # or passing without a model that is downloaded; on a random one they are called plain-*
+DOWNLOADING = {  # a model; some of them run on a random one instead, and are called plain-*
     "test-tokenizers-ggml-vocabs", "test-download-model", "test-thread-safety", "test-state-restore-fragmented",
     "test-autorelease", "test-model-load-cancel", "test-backend-sampler",
 }  # fmt: skip

@@ -311,7 +311,8 @@ class TestParallel:
             answers = list(pool.map(lambda prompt: server.complete(prompt, n=80), prompts))
         assert [len(answer["tokens"]) for answer in answers] == [80] * 4
         found, slots = server.metrics(), json.loads(server.get("/slots"))
-        assert found["lukv_evictions_total"] > 0 and found["lukv_cells_used"] <= found["lukv_cells_owned"] + 6 * N_UBATCH
+        assert found["lukv_evictions_total"] > 0
+        assert found["lukv_cells_used"] <= found["lukv_cells_owned"] + 4 * 6 * N_UBATCH  # each slot has tokens in flight
         assert sum(slot["lukv"]["n_cells_used"] for slot in slots) == found["lukv_cells_used"]
         assert all(0 < slot["lukv"]["n_cells_owned"] < found["lukv_cells_owned"] for slot in slots)
 
