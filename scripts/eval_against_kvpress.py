@@ -43,6 +43,7 @@ PEER = "kvpress"  # takes the place of the policy in the results
 @click.option("--profile", type=click.Path(path_type=Path), required=True)
 @click.option("--kvpress", "python", type=click.Path(path_type=Path), required=True, help="Python of kvpress's environment.")
 @click.option("--suite", type=click.Choice(["smoke", "ruler"]), default="smoke", show_default=True)
+@click.option("--tasks", default="", help="Only these of its tasks, separated by commas.  [default: all]")
 @click.option("--ratio", default=0.2, show_default=True)
 @click.option("--length", default=1024, show_default=True)
 @click.option("-n", "n_context", default=8, show_default=True, help="Contexts of each task.")
@@ -51,32 +52,33 @@ PEER = "kvpress"  # takes the place of the policy in the results
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("kvpress-eval"), show_default=True,
               help="Keeps the answers of both sides.")
 @click.option("--json", "as_json", is_flag=True)
-def main(model: Path, profile: Path, python: Path, suite: str, ratio: float, length: int, n_context: int, seed: int,
-         n_threads: int, output: Path, as_json: bool) -> None:
+def main(model: Path, profile: Path, python: Path, suite: str, tasks: str, ratio: float, length: int, n_context: int,
+         seed: int, n_threads: int, output: Path, as_json: bool) -> None:
     """Ask both sides the same, and print both."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall as soon as anything else wants the cores
     try:
-        results = compare(model, profile, python, suite, ratio, length, n_context, seed, n_threads, output)
+        results = compare(model, profile, python, suite, tasks, ratio, length, n_context, seed, n_threads, output)
     except LukvError as error:
         raise SystemExit(f"eval_against_kvpress: error: {error}") from None
     if as_json:
         print(json.dumps({"model": model.name, "results": results}))
         return
-    tasks = list(dict.fromkeys(one["task"] for one in results))
-    table = Table("cache", "policy", *tasks, title=f"{model.name}, {METRIC}, {ratio:.0%} of the cache, {length} tokens")
+    names = list(dict.fromkeys(one["task"] for one in results))
+    table = Table("cache", "policy", *names, title=f"{model.name}, {METRIC}, {ratio:.0%} of the cache, {length} tokens")
     for method, policy in dict.fromkeys((one["method"], one["policy"]) for one in results):
         row = {one["task"]: one for one in results if (one["method"], one["policy"]) == (method, policy)}
-        cells = [f"{row[task]['score']:.2f} [{row[task]['interval'][0]:.2f}, {row[task]['interval'][1]:.2f}]" for task in tasks]
+        cells = [f"{row[name]['score']:.2f} [{row[name]['interval'][0]:.2f}, {row[name]['interval'][1]:.2f}]" for name in names]
         table.add_row(method, policy or "native", *cells)
     Console().print(table)
 
 
-def compare(model: Path, profile: Path, python: Path, suite: str, ratio: float, length: int, n_context: int, seed: int,
-            n_threads: int, output: Path) -> list[Result]:
+def compare(model: Path, profile: Path, python: Path, suite: str, tasks: str, ratio: float, length: int, n_context: int,
+            seed: int, n_threads: int, output: Path) -> list[Result]:
     """Results of both sides; the peer's have the policy ``kvpress``."""
     tables = Tables(model, profile)
     with Tokenizer(model) as tokenizer:
-        samples = suites.samples(suite, suites.tasks(suite), tokenizer, [length], n_context, seed, None)
+        chosen = [name for name in suites.tasks(suite) if not tasks or name in tasks.split(",")]
+        samples = suites.samples(suite, chosen, tokenizer, [length], n_context, seed, None)
         plan = Plan(grid(METHODS, [METRIC], [ratio], ["prefill", "capacity"], ["f16"]), samples, seed=seed, options=Options(n_threads))
         with Store(output / "answers.jsonl") as store, Progress(console=Console(stderr=True), transient=True) as bars:
             bar = bars.add_task("native")

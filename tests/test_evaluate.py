@@ -85,10 +85,10 @@ def assert_error(result: Result, *parts: str) -> None:
 class TestCommand:
     def test_smoke(self, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two tasks, every method: the records of the interface, the files, and nothing asked twice."""
-        options = (model, "--profile", profile, "--lengths", 700, "-n", 2, "-o", tmp_path / "out", "--json", "-")
+        options = (model, "--profile", profile, "--lengths", 1100, "-n", 2, "-o", tmp_path / "out", "--json", "-")
         found = results(run(*options))
         methods = {"full", "uniform", "pyramidkv", "adakv", "lukv"}
-        for task in ("niah_multikey_1", "qa_1", "ruler_average"):
+        for task in ("niah_single_2", "niah_multikey_1", "ruler_average"):
             own = [one for one in found if one["task"] == task]
             assert {one["method"] for one in own} == methods and len(own) == 1 + 4 * 2
         for one in found:
@@ -116,7 +116,7 @@ class TestCommand:
     def test_goes_on_after_an_interruption(
         self, model: Path, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        options = (model, "--profile", profile, "--lengths", 700, "-n", 2, "--methods", "lukv", "--json", "-")
+        options = (model, "--profile", profile, "--lengths", 1100, "-n", 2, "--methods", "lukv", "--json", "-")
         whole = results(run(*options, "-o", tmp_path / "whole"))
         add, left = Store.add, 7
 
@@ -145,11 +145,11 @@ class TestCommand:
         options = (
             model,
             "--lengths",
-            700,
+            1100,
             "-n",
             1,
             "--tasks",
-            "qa_1",
+            "niah_single_2",
             "--policies",
             "capacity",
             "-o",
@@ -157,13 +157,13 @@ class TestCommand:
         )
         result = run(*options)
         assert result.exit_code == 0 and "profiling" in result.stderr, result.output
-        assert (tmp_path / "out" / "profile.npz").exists() and "LU-KV" in result.stdout and "qa_1" in result.stdout
+        assert (tmp_path / "out" / "profile.npz").exists() and "LU-KV" in result.stdout and "single_2" in result.stdout
         assert "profiling" not in run(*options).stderr
 
     @pytest.mark.usefixtures("no_pictures")
     def test_query_aware_and_types(self, model: Path, profile: Path, tmp_path: Path) -> None:
         found = results(
-            run(model, "--profile", profile, "--lengths", 700, "-n", 1, "--tasks", "qa_1", "--query-aware", "--kv-types", "f16,q8_0",
+            run(model, "--profile", profile, "--lengths", 1100, "-n", 1, "--tasks", "niah_single_2", "--query-aware", "--kv-types", "f16,q8_0",
                 "--methods", "uniform", "-o", tmp_path, "--json", "-")
         )  # fmt: skip
         assert {(one["method"], one["kv_type"]) for one in found} == {
@@ -184,7 +184,7 @@ class TestCommand:
                 "from lukv_gguf.cli import main\n"
                 "main()"
             )
-            options = ("eval", model, "--lengths", 700, "-n", 1, "--threads", 1, *arguments)
+            options = ("eval", model, "--lengths", 1100, "-n", 1, "--threads", 1, *arguments)
             return subprocess.run([sys.executable, "-c", code, *map(str, options)], capture_output=True, text=True)
 
         done = run_without_torch("--suite", "smoke,lm", "--profile", profile, "-o", tmp_path / "out")
@@ -215,7 +215,7 @@ class TestCommand:
     ) -> None:
         """Else every method would score like the full cache."""
         monkeypatch.setattr("lukv_gguf.runtime.enabled", lambda _: False)
-        result = run(model, "--methods", "uniform", "--lengths", 700, "-n", 1, "-o", tmp_path / "out")
+        result = run(model, "--methods", "uniform", "--lengths", 1100, "-n", 1, "-o", tmp_path / "out")
         assert_error(result, "does not support")
 
 

@@ -12,7 +12,7 @@ from lukv_gguf.evaluate import lm, longbench, ruler
 from lukv_gguf.evaluate.tasks import Sample
 
 NAMES = ("smoke", "ruler", "longbench", "lm")
-_SMOKE = ("niah_multikey_1", "qa_1")
+_SMOKE = ("niah_single_2", "niah_multikey_1")
 
 
 @dataclass(frozen=True)
