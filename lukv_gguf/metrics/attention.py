@@ -15,8 +15,8 @@ from lukv_gguf.metrics.base import LayerState, Metric, Needs
 def window_attention(state: LayerState) -> Tensor:
     """Attention weights of the last w queries over the cells of their head: [H, G, w, T], float32.
 
-    The softmax runs over the cells that exist and that the query may see. A query that sees none of them gives
-    nothing; no query at all counts as one that sees none.
+    The softmax runs over the cells that exist and that the query may see, over all cells where it may see none. Without
+    any query there is one that gives nothing.
     """
     assert state.queries is not None
     n_head_kv, n_cells, _ = state.keys.shape
@@ -29,7 +29,8 @@ def window_attention(state: LayerState) -> Tensor:
         scores = (scores / state.attention_cap).tanh() * state.attention_cap
     query_positions = torch.arange(state.n_tokens - n_window, state.n_tokens, device=state.keys.device)
     hidden = state.cell_positions > query_positions[:, None]
-    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+    hidden &= ~hidden.all(dim=-1, keepdim=True)
+    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
 
 
 class WindowMetric(Metric):

@@ -29,6 +29,7 @@ class CapKV(Metric):
     name = "capkv"
     summary = "the values that add most to the head's capacity (leverage)"
     cost = "G T d²"
+    native = True
     defaults: ClassVar = {"tau": 5.0, "future": 512, "epsilon": 1e-6}
     minima: ClassVar = {"future": 1}
 

@@ -39,6 +39,7 @@ class CriticalKV(Metric):
         self.name = f"{CriticalKV.name}-{base.name}"  # type: ignore[misc]
         self.defaults = {**base.defaults, **plain, "epsilon": 1e-4}  # type: ignore[misc]
         self.minima = base.minima  # type: ignore[misc]
+        self.native = base.native  # type: ignore[misc]
         super().__init__(**params)
         of_base = {name: self.params[name] for name in base.defaults if name != "epsilon"}
         self._base = base(**of_base)

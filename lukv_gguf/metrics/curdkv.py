@@ -28,6 +28,7 @@ class CurDKV(Metric):
     name = "curdkv"
     summary = "long keys with long values, relative to their neighbours (leverage)"
     cost = "T d"
+    native = True
     defaults: ClassVar = {"block": 16}
 
     @property

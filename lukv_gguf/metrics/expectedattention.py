@@ -29,6 +29,7 @@ class ExpectedAttention(Metric):
     name = "expectedattention"
     summary = "what queries like the past ones will attend to, times the length of the value"
     cost = "G T d²"
+    native = True
     defaults: ClassVar = {"future": 512, "epsilon": 0.02, "covariance": 1, "vnorm": 1}
     minima: ClassVar = {"future": 1}
 

@@ -19,6 +19,7 @@ class KNorm(Metric):
     name = "knorm"
     summary = "the shortest keys"
     cost = "T d"
+    native = True
 
     def score(self, state: LayerState) -> Tensor:
         return -torch.linalg.vector_norm(state.keys, dim=-1, dtype=torch.float32)

@@ -22,6 +22,7 @@ class Random(Metric):
     name = "random"
     summary = "tokens by a hash of their position, a baseline"
     cost = "T"
+    native = True
     defaults: ClassVar = {"seed": 0}
 
     def score(self, state: LayerState) -> Tensor:

@@ -21,6 +21,7 @@ class SnapKV(WindowMetric):
     name = "snapkv"
     summary = "what the last queries attend to, and its neighbours"
     cost = "w G T d"
+    native = True
 
     def indicator(self, attention: Tensor) -> Tensor:
         return attention.mean(dim=2)

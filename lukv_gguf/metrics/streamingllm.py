@@ -19,6 +19,7 @@ class StreamingLLM(Metric):
     name = "streamingllm"
     summary = "the latest tokens"
     cost = "T"
+    native = True
 
     def score(self, state: LayerState) -> Tensor:
         return state.cell_positions.to(torch.float32).expand(state.keys.shape[0], -1)
