@@ -231,7 +231,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     discard_folder(checkpoint_folder(output))
     click.echo(f"written  {output}")
     for name, found in profiles.items():
-        click.echo(f"{name:<8} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
+        click.echo(f"{name:<{max(map(len, profiles))}} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
 
 

@@ -178,6 +178,21 @@ def test_a_window_metric_sees_cells_that_are_left(states: list[LayerState]) -> N
         np.testing.assert_allclose(got[head, :7], np.mean(seen, axis=0)[:7], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "cake", "criticalkv-snapkv"])
+def test_carry_keeps_the_largest_of_what_was_said(states: list[LayerState], name: str) -> None:
+    plain, carrying = metrics.get(name, window=WINDOW), metrics.get(name, window=WINDOW, carry=1)
+    now = plain.carry(states[0])
+    past = torch.rand(now.shape, generator=torch.Generator().manual_seed(0)) * now.max()
+    past[:, -WINDOW:] = 0.0
+    both = carrying.carry(replace(states[0], past=past))
+    torch.testing.assert_close(both, torch.maximum(now, past))
+    assert (both > now).any() and (both > past).any() and carrying.needs.past and not plain.needs.past
+    torch.testing.assert_close(carrying.score(states[0]), plain.score(states[0]))  # all cells are new
+    if not name.startswith("critical"):
+        scores = carrying.score(replace(states[0], past=past))
+        torch.testing.assert_close(scores[:, :-WINDOW], both[:, :-WINDOW])
+
+
 def test_without_queries_there_is_no_attention() -> None:
     state = LayerState(torch.randn(1, 6, 8), queries=torch.empty(2, 0, 8), n_past=6)
     scores = metrics.get("snapkv", window=2).score(state)
@@ -337,7 +352,7 @@ def test_every_metric_is_found_by_its_name() -> None:
         metric = metrics.get(name)
         assert metric.name == name and metric.summary and metric.cost
         assert all(isinstance(value, (int, float)) for value in metric.params.values())
-    assert metrics.parse(" snapkv:window=16 : kernel=7").params == {"window": 16, "kernel": 7}
+    assert metrics.parse(" snapkv:window=16 : kernel=7").params == {"window": 16, "kernel": 7, "carry": 0}
 
 
 @pytest.mark.parametrize(
@@ -375,6 +390,6 @@ def test_the_command_lists_them() -> None:
     by_name = {row["name"]: row for row in listed}
     assert by_name["keydiff"]["runs"] == ["profile", "native"]
     assert by_name["snapkv"] | {"runs": None} == {
-        "name": "snapkv", "summary": metrics.get("snapkv").summary, "parameters": {"window": 32, "kernel": 5},
+        "name": "snapkv", "summary": metrics.get("snapkv").summary, "parameters": {"window": 32, "kernel": 5, "carry": 0},
         "needs": ["window 32"], "cost": "w G T d", "runs": None,
     }  # fmt: skip

@@ -29,6 +29,7 @@ from lukv_gguf.reference import ReferenceModel
 from lukv_gguf.reference.bounded import BoundedDecoder
 
 NATIVE = [name for name in metrics.names() if metrics.get(name).native]
+CARRYING = ["snapkv:carry=1", "criticalkv-cake:carry=1"]
 SMALL = {"window": 16, "future": 64, "seed": 3}  # of the parameters that a metric has
 N_VOCAB = 900
 
@@ -39,8 +40,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny(path, n_layer=2, n_head=6, n_head_kv=2, d_head=64, n_ctx=4096, n_vocab=N_VOCAB)
 
 
-def small(name: str) -> metrics.Metric:
-    return metrics.get(name, **{key: SMALL[key] for key in SMALL if key in metrics.get(name).defaults})
+def small(text: str) -> metrics.Metric:
+    given = metrics.parse(text)
+    return metrics.get(given.name, **{**given.params, **{key: SMALL[key] for key in SMALL if key in given.params}})
 
 
 def embedded(tiny: TinyModel, name: str, ratio: float = 0.25) -> Path:
@@ -65,7 +67,7 @@ def cells(model: Llama) -> list[set[int]]:
     return [set(runtime.positions(model, *i).tolist()) for i in np.ndindex(runtime.usage(model).used.shape)]
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", NATIVE + CARRYING)
 def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     """Several commits during the prompt, then while tokens are generated."""
     model = load(embedded(tiny, name))
@@ -129,7 +131,7 @@ def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     assert sum(len(a & b) for a, b in zip(*kept)) >= 0.93 * sum(map(len, kept[0]))
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake:carry=1"])
 def test_state_and_tail(tiny: TinyModel, name: str) -> None:
     """What the metric keeps is saved and restored, and forgets the queries of a removed tail."""
     path = embedded(tiny, name)
@@ -157,7 +159,7 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         assert_same_positions(continued, expected, usage.owned.shape)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", NATIVE + CARRYING)
 def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
     def measure(path: Path) -> tuple[int, int]:
         model = load(path)
@@ -166,8 +168,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
     plain, with_metric = measure(embedded(tiny, "keydiff")), measure(embedded(tiny, name))
     needs, queries = small(name).needs, tiny.n_layer * tiny.n_head * tiny.d_head * 4
     extra = queries * (needs.window + needs.query_mean + needs.query_covariance * tiny.d_head)
-    if needs.output_norms:
-        extra += plain[0] // (2 * tiny.d_head)  # a number for each cell
+    extra += (needs.output_norms + needs.past) * plain[0] // (2 * tiny.d_head)  # a number for each cell
     assert abs(with_metric[0] - plain[0] - extra) <= 64 * tiny.n_layer  # alignment
     assert abs(with_metric[1] - plain[1] - extra) <= 0.01 * plain[1]
 

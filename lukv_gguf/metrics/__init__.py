@@ -62,7 +62,7 @@ def parse(text: str) -> Metric:
     Examples
     --------
     >>> parse("snapkv:window=16:kernel=7").params
-    {'window': 16, 'kernel': 7}
+    {'window': 16, 'kernel': 7, 'carry': 0}
     """
     name, *settings = text.strip().split(":")
     params = {}

@@ -39,10 +39,13 @@ class WindowMetric(Metric):
     The tokens of the window itself come first, later ones before earlier ones: no attention says enough about them. What
     the window says about the others is average-pooled over neighbouring cells, then the mean over the group is taken.
 
-    Parameters: ``window``, w; ``kernel``, cells that are pooled, an odd number.
+    A bounded cache scores at every commit, with the queries before it, and what these do not look at goes for good.
+
+    Parameters: ``window``, w; ``kernel``, cells that are pooled, an odd number; ``carry`` 1 for the largest of what this and
+    earlier windows said about a cell.
     """
 
-    defaults: ClassVar = {"window": 32, "kernel": 5}
+    defaults: ClassVar = {"window": 32, "kernel": 5, "carry": 0}
     minima: ClassVar = {"window": 1, "kernel": 1}
 
     def __init__(self, **params: float) -> None:
@@ -52,18 +55,24 @@ class WindowMetric(Metric):
 
     @property
     def needs(self) -> Needs:
-        return Needs(window=int(self.params["window"]))
+        return Needs(window=int(self.params["window"]), past=bool(self.params["carry"]))
 
     def score(self, state: LayerState) -> Tensor:
-        window, kernel = int(self.params["window"]), int(self.params["kernel"])
-        age = state.n_tokens - 1 - state.cell_positions
-        inside = age < window
-        newness = 1.0 - age.to(torch.float32) / window
-        scores = (self.ceiling + newness).expand(state.keys.shape[0], -1).clone()
-        seen = self.indicator(window_attention(state))[..., ~inside]
+        age = self._age(state).to(torch.float32)
+        newness = self.ceiling + 1.0 - age / self.params["window"]
+        return self.carry(state) + torch.where(age < self.params["window"], newness, 0.0)
+
+    def carry(self, state: LayerState) -> Tensor:
+        kernel, outside = int(self.params["kernel"]), self._age(state) >= self.params["window"]
+        seen = self.indicator(window_attention(state))[..., outside]
+        found = torch.zeros(state.keys.shape[:2], device=state.keys.device)
         if seen.shape[-1]:
-            scores[:, ~inside] = avg_pool1d(seen, kernel, stride=1, padding=kernel // 2).mean(dim=1)
-        return scores
+            found[:, outside] = avg_pool1d(seen, kernel, stride=1, padding=kernel // 2).mean(dim=1)
+        return torch.maximum(found, state.past) if self.params["carry"] and state.past is not None else found
+
+    @staticmethod
+    def _age(state: LayerState) -> Tensor:
+        return state.n_tokens - 1 - state.cell_positions
 
     @property
     def ceiling(self) -> float:

@@ -37,6 +37,8 @@ class Needs:
         The attention that each cell receives while the model repeats its context: a second pass.
     chunk : int
         Tokens that it repeats at a time.
+    past : bool
+        What earlier commits of a bounded cache said about each cell.
     """
 
     values: bool = False
@@ -48,6 +50,7 @@ class Needs:
     attention_sums: bool = False
     reconstruction: bool = False
     chunk: int = 0
+    past: bool = False
 
     @classmethod
     def union(cls, needs: Iterable[Needs]) -> Needs:
@@ -89,6 +92,8 @@ class LayerState:
         How many queries that were.
     reconstruction : Tensor [H, T], optional
         The largest attention that each cell received while the model repeated its context.
+    past : Tensor [H, T], optional
+        What earlier commits said about each cell, 0 for new ones: see `Metric.carry`. By default all cells are new.
     positions : int Tensor [T], optional
         By default 0 ... T - 1.
     n_past : int, optional
@@ -113,6 +118,7 @@ class LayerState:
     attention_sums: Tensor | None = None
     attention_counts: Tensor | None = None
     reconstruction: Tensor | None = None
+    past: Tensor | None = None
     positions: Tensor | None = None
     n_past: int | None = None
     layer: int = 0
@@ -211,3 +217,7 @@ class Metric(ABC):
     @abstractmethod
     def score(self, state: LayerState) -> Tensor:
         """Score of each cell, [H, T], float32. Those of protected cells do not matter."""
+
+    def carry(self, state: LayerState) -> Tensor:
+        """What `LayerState.past` will be at the next commit, [H, T], for a metric that needs it."""
+        raise NotImplementedError

@@ -24,7 +24,7 @@ class Cake(WindowMetric):
     summary = "what the last queries attend to much, or now more and now less (mean and variance)"
     cost = "w G T d"
     native = True
-    defaults: ClassVar = {"window": 32, "kernel": 5, "gamma": 200.0}
+    defaults: ClassVar = {"window": 32, "kernel": 5, "carry": 0, "gamma": 200.0}
     minima: ClassVar = {"window": 2, "kernel": 1}
 
     @property

@@ -49,6 +49,9 @@ class CriticalKV(Metric):
     def needs(self) -> Needs:
         return Needs.union([self._base.needs, Needs(output_norms=True)])
 
+    def carry(self, state: LayerState) -> Tensor:
+        return self._base.carry(state)
+
     def score(self, state: LayerState) -> Tensor:
         assert state.output_norms is not None
         score = self._base.score(state)

@@ -36,10 +36,11 @@ class _Head:
     output_norms: Tensor  # [G, n_cells]
     attention_sums: Tensor  # [G, n_cells]
     attention_counts: Tensor
+    past: Tensor
 
     def select(self, keep: Tensor) -> None:
         """Keep some of the cells, by index or by mask."""
-        for name in ("keys", "values", "positions", "attention_counts"):
+        for name in ("keys", "values", "positions", "attention_counts", "past"):
             setattr(self, name, getattr(self, name)[keep])
         self.output_norms, self.attention_sums = self.output_norms[:, keep], self.attention_sums[:, keep]
 
@@ -109,6 +110,7 @@ class BoundedDecoder:
                     torch.empty(0, dtype=torch.long),
                     torch.empty(n_group, 0),
                     torch.empty(n_group, 0),
+                    torch.empty(0),
                     torch.empty(0),
                 )
                 for _ in range(config.n_head_kv)
@@ -194,6 +196,8 @@ class BoundedDecoder:
             return torch.arange(len(cells.positions))
         state = self._state(layer, head)
         score = self._metric.score(state)[0]
+        if self._metric.needs.past:
+            cells.past = self._metric.carry(state)[0]
         # protected cells first, then by score, then the later position
         order = np.lexsort((cells.positions.numpy(), score.numpy(), state.is_protected.numpy()))[::-1]
         return torch.from_numpy(np.sort(order[:n_cells]))
@@ -219,6 +223,7 @@ class BoundedDecoder:
             output_norms=cells.output_norms[None],
             attention_sums=cells.attention_sums,
             attention_counts=cells.attention_counts,
+            past=cells.past[None],
             positions=cells.positions,
             n_past=self._n_past,
             layer=layer,
@@ -256,6 +261,7 @@ class BoundedDecoder:
         cells.values = torch.cat([cells.values, v])
         cells.positions = torch.cat([cells.positions, new])
         cells.output_norms = torch.cat([cells.output_norms, norms], dim=1)
+        cells.past = torch.cat([cells.past, nothing[0]])
         group = q[:, head * config.n_group : (head + 1) * config.n_group].transpose(0, 1)
         scores = self._model._cap(group @ cells.keys.T * config.attention_scale)
         seen = cells.positions <= new[:, None]

@@ -194,7 +194,13 @@ uint64_t llama_kv_cache_lukv::kv_storage::size() const {
 }
 
 std::vector<ggml_tensor *> llama_kv_cache_lukv::kv_layer::tensors() const {
-    return norms ? std::vector<ggml_tensor *> { k, v, norms } : std::vector<ggml_tensor *> { k, v };
+    std::vector<ggml_tensor *> res = { k, v };
+    for (ggml_tensor * t : { norms, past }) {
+        if (t) {
+            res.push_back(t);
+        }
+    }
+    return res;
 }
 
 ggml_backend_dev_t llama_kv_cache_lukv::get_dev(int32_t il) const {
@@ -284,7 +290,7 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         auto & ctx = ctx_map[buft];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 3u*params.n_layer*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 4u*params.n_layer*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -305,10 +311,15 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         ggml_format_name(layer.k, "cache_k_l%d", il);
         ggml_format_name(layer.v, "cache_v_l%d", il);
 
-        layer.norms = needs.out_norms ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, n_rows_layer) : nullptr;
-        if (layer.norms) {
-            ggml_format_name(layer.norms, "cache_norms_l%d", il);
-        }
+        const auto new_numbers = [&](bool needed, const char * name) {
+            ggml_tensor * res = needed ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, n_rows_layer) : nullptr;
+            if (res) {
+                ggml_format_name(res, name, il);
+            }
+            return res;
+        };
+        layer.norms = new_numbers(needs.out_norms, "cache_norms_l%d");
+        layer.past  = new_numbers(needs.past,      "cache_past_l%d");
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -1555,6 +1566,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
                 s.n_keep    = n_keep;
+                s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
 
                 cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
                 cur.n_rows += n_cells;
@@ -1665,6 +1677,9 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     if (layer.norms) {
         res.out_norms = view_rows(layer.norms);
     }
+    if (layer.past) {
+        res.past = ggml_view_1d(ctx, layer.past, res.n_cells(), seg.offs*layer.past->nb[1]);
+    }
 
     if (queries->active()) {
         res.kq_scale = queries->get_attn(layer.il).scale;
@@ -1687,6 +1702,20 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
 }
 
 bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions) {
+    // nothing was said about the recent cells yet
+    if (needs.past) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+    for (size_t e = 0; e < evictions.size() && needs.past; ++e) {
+        const auto & seq = *evictions[e].seq;
+
+        for (size_t i = 0; i < n_heads() && !seq.pos_recent.empty(); ++i) {
+            ggml_tensor * t = kv.layers[i/params.n_head_kv].past;
+
+            ggml_backend_tensor_memset(t, 0, (seq.segs[i].offs + seq.segs[i].pos.size())*t->nb[1], seq.pos_recent.size()*t->nb[1]);
+        }
+    }
+
     if (!needs.out_norms) {
         return true;
     }

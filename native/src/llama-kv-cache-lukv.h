@@ -207,7 +207,9 @@ private:
         ggml_tensor * k; // [n_embd_head_k, n_rows]
         ggml_tensor * v; // [n_embd_head_v, n_rows]
 
-        ggml_tensor * norms; // ||v W_O||_1 of kept cells, nullptr if the metric does not ask for it [1, n_rows]
+        // of kept cells, nullptr if the metric does not ask for it [1, n_rows]
+        ggml_tensor * norms; // ||v W_O||_1
+        ggml_tensor * past;  // scores of earlier commits
 
         std::vector<kv_pool> pools; // per head
 

@@ -196,7 +196,7 @@ static ggml_tensor * build_window_scores(const llama_lukv_scorer & s, ggml_tenso
     ggml_tensor * res = s.input_f32(newness, n);
 
     if (!seen || n_out == 0) {
-        return res;
+        return s.past ? ggml_add(s.ctx, s.past, res) : res;
     }
 
     // neighbours of each cell outside the window. n is a zero that stands for those that it does not have
@@ -210,8 +210,15 @@ static ggml_tensor * build_window_scores(const llama_lukv_scorer & s, ggml_tenso
     ggml_tensor * cur = ggml_reshape_2d(s.ctx, ggml_pad(s.ctx, seen, 1, 0, 0, 0), 1, n + 1);
     cur = ggml_get_rows(s.ctx, cur, s.input_i32(neighbours, kernel*n));
     cur = ggml_sum_rows(s.ctx, ggml_reshape_2d(s.ctx, cur, kernel, n));
+    cur = ggml_scale(s.ctx, ggml_reshape_1d(s.ctx, cur, n), 1.0f/kernel);
 
-    return ggml_add(s.ctx, ggml_scale(s.ctx, ggml_reshape_1d(s.ctx, cur, n), 1.0f/kernel), res);
+    // the larger of both
+    if (s.past) {
+        cur = ggml_add(s.ctx, s.past, ggml_relu(s.ctx, ggml_sub(s.ctx, cur, s.past)));
+        s.set_past(cur);
+    }
+
+    return ggml_add(s.ctx, cur, res);
 }
 
 static ggml_tensor * build_snapkv(const llama_lukv_scorer & s) {
@@ -401,6 +408,7 @@ static llama_lukv_needs needs_nothing(const metric_params &) {
 static llama_lukv_needs needs_window(const metric_params & values) {
     llama_lukv_needs res;
     res.n_window = values.at("window");
+    res.past     = values.at("carry") > 0;
     return res;
 }
 
@@ -452,10 +460,11 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
 static std::vector<llama_lukv_metric> make_metrics() {
     const llama_lukv_metric::param window = { "window", true, 32, 1 };
     const llama_lukv_metric::param kernel = { "kernel", true,  5, 1 };
+    const llama_lukv_metric::param carry  = { "carry",  true,  0, 0 };
     const llama_lukv_metric::param future = { "future", true, 512, 1 };
 
-    const llama_lukv_metric snapkv = { "snapkv", { window, kernel }, needs_window, build_snapkv };
-    const llama_lukv_metric cake   = { "cake", { { "window", true, 32, 2 }, kernel, { "gamma", false, 200.0, 0 } }, needs_window, build_cake };
+    const llama_lukv_metric snapkv = { "snapkv", { window, kernel, carry }, needs_window, build_snapkv };
+    const llama_lukv_metric cake   = { "cake", { { "window", true, 32, 2 }, kernel, carry, { "gamma", false, 200.0, 0 } }, needs_window, build_cake };
     const llama_lukv_metric expected = { "expectedattention",
         { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } }, needs_queries, build_expectedattention };
 

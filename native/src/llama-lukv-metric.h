@@ -24,6 +24,7 @@ struct llama_lukv_needs {
 
     bool q_cov     = false; // and their covariance
     bool out_norms = false; // ||v W_O||_1 of each cell
+    bool past      = false; // what earlier commits said about each cell
 };
 
 // by name, as in lukv.metric.<name>
@@ -63,6 +64,9 @@ struct llama_lukv_scorer {
     ggml_tensor * q_cov  = nullptr;  // [n_embd_head_k, n_embd_head_k, n_gqa]
 
     ggml_tensor * out_norms = nullptr; // [1, n_cells]
+
+    ggml_tensor * past = nullptr; // 0 for new cells [n_cells]
+    std::function<void (ggml_tensor * cur)> set_past;
 
     uint32_t n_gqa = 1;
 
