@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from sequences import Context
 from test_native import (
     F32,
     QUANTISED,
@@ -26,7 +27,7 @@ from tiny_gguf import TinyModel, write_tiny
 from lukv_gguf import metrics, runtime
 from lukv_gguf.metadata import embed
 from lukv_gguf.reference import ReferenceModel
-from lukv_gguf.reference.bounded import BoundedDecoder
+from lukv_gguf.reference.bounded import BoundedDecoder, BoundedSequences, cells_for
 
 NATIVE = [name for name in metrics.names() if metrics.get(name).native]
 CARRYING = ["snapkv:carry=1", "criticalkv-cake:carry=1"]
@@ -157,6 +158,52 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         expected.decode(batch)
     for continued in (model, other):
         assert_same_positions(continued, expected, usage.owned.shape)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1"])
+def test_sequences_have_queries_of_their_own(tiny: TinyModel, name: str) -> None:
+    """Together in a batch, copied, removed in part, and a new one in the place of an old one."""
+    budget, tokens = uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), distinct_tokens(800)
+    plain = BoundedSequences(
+        ReferenceModel.load(tiny.path), small(name), lambda n: cells_for(budget, 0.25, n, n_min=SINK + RECENT),
+        size=768, n_recent=128, n_sequences=3, sink=SINK, recent=RECENT,
+    )  # fmt: skip
+    with Context(embedded(tiny, name), n_ctx=768, n_seq_max=3) as context:
+
+        def step(**sizes: int) -> None:
+            batch = {}
+            for key, size in sizes.items():
+                sequence = int(key[1:])
+                first = (200 * sequence + context.length(sequence)) % 500
+                batch[sequence] = tokens[first : first + size]
+            got, want = context.decode(batch), plain.decode(batch)
+            for sequence in batch:  # long batches: flash attention keeps K and V in f16
+                assert nmse(got[sequence], want[sequence].numpy()) < 1e-4
+            for sequence, length in plain.lengths.items():
+                assert context.length(sequence) == length
+                for layer, head in np.ndindex(budget.shape):
+                    np.testing.assert_array_equal(
+                        runtime.positions(context.ctx, layer, head, sequence), plain.positions(sequence, layer, head)
+                    )
+
+        step(s0=128)
+        step(s1=128)
+        step(s0=128)
+        for _ in range(5):
+            step(s0=16, s1=16)
+        context.copy(0, 2)
+        plain.copy(0, 2)
+        for _ in range(5):
+            step(s0=8, s1=8, s2=8)
+        for place in (context.remove, plain.truncate):
+            place(1, 190)
+        step(s1=100)
+        context.remove(0)
+        plain.truncate(0, 0)
+        for _ in range(3):
+            step(s0=32)
+        step(s0=64)
+        assert runtime.usage(context.ctx).evictions > 3
 
 
 @pytest.mark.parametrize("name", NATIVE + CARRYING)

@@ -163,6 +163,10 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
     }
     queries = std::make_unique<llama_lukv_queries>(model, needs, devs, params.sink, n_seq_max);
 
+    if (needs.out_norms) {
+        alloc_wo_copies();
+    }
+
     LLAMA_LOG_INFO("%s: size = %7.2f MiB (%.1f%% of %.2f MiB), ratio = %.3f, policy = %s, metric = %s, "
             "cells per head = %u recent + %u .. %u kept, %u layers x %u heads, %u sequences\n", __func__,
             kv.size()/1024.0/1024.0, 100.0*kv.size()/size_stock(), size_stock()/1024.0/1024.0, params.ratio,
@@ -181,6 +185,50 @@ llama_kv_cache_lukv::~llama_kv_cache_lukv() {
 uint64_t llama_kv_cache_lukv::size_stock() const {
     return uint64_t(kv_size)*n_heads()*(
             ggml_row_size(type_k, model.hparams.n_embd_head_k()) + ggml_row_size(type_v, model.hparams.n_embd_head_v()));
+}
+
+uint64_t llama_kv_cache_lukv::size() const {
+    uint64_t res = kv.size() + queries->size();
+    for (const auto & [_, t] : wo_copies) {
+        res += ggml_nbytes(t);
+    }
+    return res;
+}
+
+// repacked weights, e.g. for the CPU: their rows have no order that others know
+void llama_kv_cache_lukv::alloc_wo_copies() {
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
+
+    for (const auto & layer : kv.layers) {
+        ggml_tensor * wo = model.layers[layer.il].wo;
+        if (!wo->buffer || model.hparams.no_alloc) {
+            continue;
+        }
+
+        ggml_context_ptr ctx_cast { ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }) };
+
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(wo->buffer));
+        if (!dev || ggml_backend_dev_supports_op(dev, ggml_cast(ctx_cast.get(), wo, GGML_TYPE_F32))) {
+            continue;
+        }
+
+        auto & ctx = ctx_map[ggml_backend_dev_buffer_type(dev)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        wo_copies[layer.il] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, wo->ne[0], wo->ne[1]);
+    }
+
+    for (auto & [buft, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        if (!buf) {
+            throw std::runtime_error("failed to allocate buffer for W_O");
+        }
+
+        LLAMA_LOG_INFO("%s: %10s W_O buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
+
+        ctxs_bufs_wo.emplace_back(std::move(ctx), buf);
+    }
 }
 
 uint64_t llama_kv_cache_lukv::kv_storage::size() const {
@@ -626,6 +674,9 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_lukv::memory_breakdo
     }
     for (const auto & [buft, size] : queries->memory_breakdown()) {
         res[buft] += size;
+    }
+    for (const auto & [_, buf] : ctxs_bufs_wo) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
     }
 
     return res;
@@ -1720,6 +1771,10 @@ bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions)
         return true;
     }
 
+    if (!wo_copied && !compute_wo_copies()) {
+        return false;
+    }
+
     const auto & hparams = model.hparams;
 
     commit_graph graph(*this, (16 + 8*evictions.size()*hparams.n_head())*params.n_layer + 64);
@@ -1739,8 +1794,9 @@ bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions)
         const int64_t n_embd_v = layer.v->ne[0];
         const int64_t n_gqa    = hparams.n_head(layer.il)/params.n_head_kv;
 
-        ggml_tensor * wo = model.layers[layer.il].wo; // [n_embd_head_v*n_head, n_embd]
-        if (wo->type != GGML_TYPE_F32) {
+        // [n_embd_head_v*n_head, n_embd]
+        ggml_tensor * wo = wo_copies.count(layer.il) ? wo_copies.at(layer.il) : model.layers[layer.il].wo;
+        if (wo->type != GGML_TYPE_F32 && wo->type != GGML_TYPE_F16) {
             wo = ggml_cast(ctx, wo, GGML_TYPE_F32);
         }
 
@@ -1784,6 +1840,31 @@ bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions)
     }
 
     return empty || graph.compute("norms of values");
+}
+
+bool llama_kv_cache_lukv::compute_wo_copies() {
+    for (const auto & [il, copy] : wo_copies) {
+        const int64_t n = copy->ne[0];
+
+        std::vector<float> identity(n*n);
+        for (int64_t i = 0; i < n; ++i) {
+            identity[i*n + i] = 1.0f;
+        }
+
+        commit_graph graph(*this, 16);
+
+        auto * ctx = graph.ctx.get();
+
+        ggml_tensor * columns = ggml_mul_mat(ctx, model.layers[il].wo, graph.input(GGML_TYPE_F32, identity, n));
+        ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, ggml_cont(ctx, ggml_transpose(ctx, columns)), copy));
+
+        if (!graph.compute("copy of W_O")) {
+            return false;
+        }
+    }
+    wo_copied = true;
+
+    return true;
 }
 
 bool llama_kv_cache_lukv::compute_rotation(const llama_lukv_queries::rope_op & rope, llama_pos pos, uint32_t n, std::vector<float> & res) {

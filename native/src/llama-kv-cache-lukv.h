@@ -106,7 +106,7 @@ public:
     int64_t  get_n_evicted()    const { return n_evicted; } // cells
 
     // bytes: allocated, for K, V and the metric, and those of a cache that keeps everything
-    uint64_t size() const { return kv.size() + queries->size(); }
+    uint64_t size() const;
     uint64_t size_stock() const;
 
     // of all sequences together. il is a layer of the model
@@ -305,6 +305,13 @@ private:
 
     std::unique_ptr<llama_lukv_queries> queries;
 
+    // W_O of layers where it is stored in a way that only a product with it can read, for a metric that asks for norms
+    // F16 [n_embd_head_v*n_head, n_embd]
+    std::map<int32_t, ggml_tensor *> wo_copies;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_wo;
+
+    bool wo_copied = false;
+
     // mean rotation of the first n_future positions: what follows them differs by one rotation
     std::map<llama_lukv_queries::rope_op, std::vector<float>> rotations;
 
@@ -391,6 +398,9 @@ private:
 
     // for the recent cells
     bool compute_norms(const std::vector<eviction> & evictions);
+
+    void alloc_wo_copies();
+    bool compute_wo_copies();
 
     // sum of the rotations of n positions from pos on: [n_embd_head, n_embd_head], columns are rotated unit vectors
     bool compute_rotation(const llama_lukv_queries::rope_op & rope, llama_pos pos, uint32_t n, std::vector<float> & res);
