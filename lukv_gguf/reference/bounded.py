@@ -383,7 +383,7 @@ class BoundedSequences:
         owned, rooms = self._owned(shares), self._rooms_for([target])
         for i, sequence in self._sequences.items():
             for head in np.ndindex(self._n_kept.shape):
-                n_kept = len(sequence._positions[head[0]][head[1]]) - sequence._n_recent
+                n_kept = len(sequence._heads[head[0]][head[1]].positions) - sequence._n_recent
                 self._stale |= n_kept > owned[i][head] or sequence._n_recent > rooms[i]
         self._settle(shares, owned, rooms)
 
