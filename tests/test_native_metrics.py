@@ -254,3 +254,18 @@ def test_another_metric_by_an_override(tiny: TinyModel) -> None:
     other = load(path, {"lukv.metric": "keydiff"})
     feed(other, tokens)
     assert cells(other) != cells(by_file) and runtime.usage(other).bytes < runtime.usage(by_file).bytes
+
+
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake"])
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
+    """Only the other layers keep anything for the metric; a full cache gives stock's logits, a small one finite ones."""
+    tiny = write_tiny(tmp_path / "tiny.gguf", arch, n_layer=4, n_head=4, d_head=64, n_vocab=N_VOCAB)
+    path, tokens = tmp_path / "lukv.gguf", distinct_tokens(385)
+    metric, budget = small(name), np.full((tiny.n_layer, tiny.n_head_kv), 0.2)
+    embed(tiny.path, path, replace(metadata(budget, 0.2), metric=metric.name, metric_params=metric.params))
+    model, stock = load(path, {"lukv.ratio": 1.0}), load(tiny.path)
+    assert nmse(feed(model, tokens), feed(stock, tokens)) < 1e-6
+    bounded = load(path)
+    assert np.isfinite(feed(bounded, tokens)).all() and np.isfinite(feed(bounded, tokens[:9])).all()
+    assert runtime.usage(bounded).evictions > 0
