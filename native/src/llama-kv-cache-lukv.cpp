@@ -1524,11 +1524,19 @@ private:
 bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows) {
     rows.assign(evictions.size()*n_heads(), {});
 
-    // of each layer and sequence that gives up cells
-    std::map<std::pair<size_t, size_t>, std::vector<float>> future;
+    // the layers of a model mostly rotate alike
+    std::map<std::tuple<llama_lukv_queries::rope_op, float, llama_pos>, std::vector<float>> futures;
+
+    const auto get_future = [&](int32_t il, const kv_seq & seq) -> std::vector<float> & {
+        const auto & attn = queries->get_attn(il);
+        return futures[{ attn.rope, attn.q_scale, seq.pos_max + 1 }];
+    };
     for (size_t e = 0; e < evictions.size() && needs.n_future > 0; ++e) {
-        for (size_t l = 0; l < kv.layers.size(); ++l) {
-            if (!compute_future_rotation(kv.layers[l].il, evictions[e].seq->pos_max + 1, future[{ l, e }])) {
+        const auto & seq = *evictions[e].seq;
+
+        for (const auto & layer : kv.layers) {
+            auto & rows_future = get_future(layer.il, seq);
+            if (rows_future.empty() && !compute_future_rotation(layer.il, seq.pos_max + 1, rows_future)) {
                 return false;
             }
         }
@@ -1607,7 +1615,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 }
 
                 if (!has_view) {
-                    ggml_tensor * rotation = needs.n_future > 0 ? input_f32(future.at({ l, e }), layer.k->ne[0]) : nullptr;
+                    ggml_tensor * rotation = needs.n_future > 0 ? input_f32(get_future(layer.il, seq), layer.k->ne[0]) : nullptr;
 
                     view     = queries->build_view(ctx, input_i32, seq.queries, layer.il, rotation);
                     has_view = true;
@@ -1889,7 +1897,7 @@ bool llama_kv_cache_lukv::compute_rotation(const llama_lukv_queries::rope_op & r
     cur = ggml_repeat_4d(ctx, cur, n_embd, n_embd, n, 1);
     cur = ggml_rope_ext(ctx, cur, graph.input(GGML_TYPE_I32, positions, n), rope.factors,
             rope.params[1], rope.params[2], rope.params[4], f[0], f[1], f[2], f[3], f[4], f[5]);
-    cur = ggml_out_prod(ctx, ggml_reshape_2d(ctx, cur, n_embd*n_embd, n), graph.input(GGML_TYPE_F32, std::vector<float>(n, 1.0f), 1));
+    cur = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, ggml_reshape_2d(ctx, cur, n_embd*n_embd, n))));
     graph.output(cur);
 
     if (!graph.compute("rotation of queries")) {
