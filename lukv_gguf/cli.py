@@ -145,7 +145,8 @@ def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
               help="When to evict: from a head that is full, or once after the prompt.")
 @click.option("--profile", "profile_path", type=click.Path(path_type=Path), metavar="PROFILE",
               help="Take the budgets from this file (lukv-gguf profile) instead of profiling.")
-@click.option("--metric", help=f"Score that ranks a head's tokens.  [default: {defaults.METRIC}, or the profile's]")
+@click.option("--metric", metavar="NAME[:PARAM=VALUE]…",
+              help=f"Score that ranks a head's tokens, see `lukv-gguf metrics`.  [default: {defaults.METRIC}, or the profile's]")
 @click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
               default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
 @click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
@@ -189,8 +190,8 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
               help="Output file.  [default: MODEL-profile.npz beside the input]")
 @click.option("-f", "--force", is_flag=True,
               help="Overwrite an existing output, and drop what an interrupted run with other parameters left.")
-@click.option("--metric", default=defaults.METRIC, show_default=True,
-              help="Scores that rank a head's tokens, separated by commas.")
+@click.option("--metric", default=defaults.METRIC, show_default=True, metavar="NAME[:PARAM=VALUE]…,…",
+              help="Scores that rank a head's tokens, separated by commas; see `lukv-gguf metrics`.")
 @_protocol_options
 def profile(model: Path, output: Path | None, force: bool, metric: str, **options: Any) -> None:
     """Measure a model's heads, and write what was found to one file.
@@ -212,7 +213,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     output = output or name_beside(model, "-profile").with_suffix(".npz")
     check_writable(output, 1 << 20)
     _refuse_existing(output, force)
-    chosen = [metrics.get(name.strip()) for name in metric.split(",")]
+    chosen = [metrics.parse(text) for text in metric.split(",")]
     started = time.monotonic()
     with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
         profiles = profile_metrics(
@@ -230,8 +231,31 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     discard_folder(checkpoint_folder(output))
     click.echo(f"written  {output}")
     for name, found in profiles.items():
-        click.echo(f"{name:<8} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
+        click.echo(f"{name:<{max(map(len, profiles))}} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
+
+
+@cli.command("metrics")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_metrics(as_json: bool) -> None:
+    """List the scores that rank a head's tokens: what they need and cost, and where they run."""
+    from lukv_gguf import metrics
+
+    rows = []
+    for metric in map(metrics.get, metrics.names()):
+        runs = ["profile", "native"] if metric.native else ["profile"]
+        rows.append({"name": metric.name, "summary": metric.summary, "parameters": metric.params,
+                     "needs": metric.needs.names(), "cost": metric.cost, "runs": runs})  # fmt: skip
+    if as_json:
+        click.echo(json.dumps({"metrics": rows}))
+        return
+    for row in rows:
+        click.echo(f"{row['name']}: keeps {row['summary']}")
+        settings = ", ".join(f"{name} {value:g}" for name, value in row["parameters"].items())
+        for label, text in (("parameters", settings), ("needs", ", ".join(["keys", *row["needs"]])),
+                            ("cost", row["cost"]), ("runs in", " and ".join(row["runs"]))):  # fmt: skip
+            if text:
+                click.echo(f"  {label:<11}{text}")
 
 
 @cli.command("export-curve")
@@ -276,7 +300,7 @@ def import_curve(
 
     _refuse_existing(output, force)
     header = read_header(model)
-    chosen = metrics.get(metric)
+    chosen = metrics.parse(metric)
     name = str(header.value("general.name") or model.stem)
     profile = import_(curve, chosen.name, chosen.params, sink, recent, name)
     found, wanted = profile.budget.shape[1:], model_shape(header)

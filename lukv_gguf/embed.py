@@ -18,6 +18,7 @@ from lukv_gguf.gguf_header import GgufHeader, check_writable, missing_shards, na
 from lukv_gguf.metadata import LukvMetadata
 
 if TYPE_CHECKING:
+    from lukv_gguf.metrics import Metric
     from lukv_gguf.profile_file import Profile
 
 StageProgress = Callable[[str, int, int], None]
@@ -73,7 +74,8 @@ def embed_model(
     output : the copy; by default :func:`default_output`.
     ratio : kept fraction of the whole KV cache, in (0, 1].
     policy : ``capacity`` or ``prefill``.
-    metric : name of the intra-head metric; by default that of the profile file, or `defaults.METRIC`.
+    metric : the intra-head metric, ``NAME`` or ``NAME:PARAM=VALUE:…``; by default that of the profile file, or
+        `defaults.METRIC`.
     floor : kept fraction that no head falls below, at most `ratio`.
     blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` and 0 for others.
     allocation : ``lukv``, ``uniform``, ``pyramidkv`` or ``adakv``. Only ``lukv`` and ``adakv`` need a profile.
@@ -107,13 +109,20 @@ def embed_model(
         raise LukvError(f"policy must be {' or '.join(metadata.POLICIES)}, is {policy!r}")
     _check_output(header, output, overwrite)
 
+    from lukv_gguf import metrics  # torch: slow to import, and not needed for the checks
+
+    if metric is not None or profile_path is None:
+        chosen = metrics.parse(metric or defaults.METRIC)
+        metrics.require_native(chosen)
+
     checkpoint = None
     if profile_path is not None:
         profile = _read_profile(profile_path, metric, header)
+        metrics.require_native(metrics.get(profile.metric, **profile.metric_params))
     elif allocation in ("uniform", "pyramidkv"):
-        profile = blank_profile(metric or defaults.METRIC, metadata.model_shape(header), protocol)
+        profile = blank_profile(chosen, metadata.model_shape(header), protocol)
     else:
-        from lukv_gguf.profile import profile_model  # torch: slow to import, and not needed for the checks
+        from lukv_gguf.profile import profile_model
 
         context, questions = calibration_text or calibration.load_default()
         checkpoint = checkpoint_folder(output)
@@ -121,7 +130,8 @@ def embed_model(
             model,
             context=context,
             questions=questions,
-            metric=metric or defaults.METRIC,
+            metric=chosen.name,
+            metric_params=chosen.params,
             progress=progress,
             checkpoint=checkpoint,
             start_over=overwrite,
@@ -139,9 +149,14 @@ def embed_model(
 
 
 def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHeader) -> Profile:
+    from lukv_gguf import metrics
     from lukv_gguf.profile_file import choose_profile
 
-    profile = choose_profile(Path(path), metric)
+    chosen = None if metric is None else metrics.parse(metric)
+    profile = choose_profile(Path(path), None if chosen is None else chosen.name)
+    if chosen is not None and ":" in metric and chosen.params != profile.metric_params:
+        made_for = ":".join([profile.metric, *(f"{name}={value}" for name, value in profile.metric_params.items())])
+        raise LukvError(f"{path}: made for {made_for}, not for {metric}")
     found, wanted = profile.budget.shape[1:], metadata.model_shape(header)
     if found != wanted:
         raise LukvError(
@@ -152,12 +167,10 @@ def _read_profile(path: str | PathLike[str], metric: str | None, header: GgufHea
     return replace(profile, provenance={**profile.provenance, "profile_sha256": digest})
 
 
-def blank_profile(metric: str, shape: tuple[int, int], protocol: Mapping[str, Any]) -> Profile:
+def blank_profile(chosen: Metric, shape: tuple[int, int], protocol: Mapping[str, Any]) -> Profile:
     """What an allocation needs that looks at nothing but the shape (L, H): a uniform profile."""
-    from lukv_gguf import metrics
     from lukv_gguf.profile_file import GRID_RATIOS, Profile
 
-    chosen = metrics.get(metric)
     return Profile(
         metric=chosen.name,
         metric_params=dict(chosen.params),

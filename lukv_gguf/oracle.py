@@ -17,6 +17,7 @@ carries context, questions and answers through one layer after the other.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,8 +27,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lukv_gguf.collect import Collector, Replay, replay_layer
 from lukv_gguf.errors import LukvError
-from lukv_gguf.metrics import LayerState
+from lukv_gguf.metrics import LayerState, Needs
 from lukv_gguf.reference import KVCache, ReferenceModel
 
 FloatArray = npt.NDArray[np.floating]
@@ -116,7 +118,7 @@ class ResidualStreams:
     prefix : Tensor [T, n_embd]
         The residual stream of the shared context.
     queries : Tensor [N, n_embd]
-        That of the queries' own tokens, one query after the other.
+        That of the queries' own tokens, one query after the other, and then of the replays.
     """
 
     layer: int
@@ -131,7 +133,7 @@ class MeasuredLayer:
     Attributes
     ----------
     state : LayerState
-        Keys and values of the shared context, and its last queries.
+        The shared context, as far as the metrics ask for it.
     importance : Tensor [Q, H, T], float32
     streams : ResidualStreams
         The residual streams behind the layer.
@@ -152,7 +154,8 @@ def teacher_force(
     *,
     objective: Objective = "relative",
     group: Group = "mean",
-    n_query: int = 0,
+    collector: Collector | None = None,
+    replays: Sequence[Replay] = (),
     start: ResidualStreams | None = None,
 ) -> Iterator[MeasuredLayer]:
     """Measure importance on known answers, in one pass through the layers.
@@ -170,8 +173,10 @@ def teacher_force(
         K_max, the most decoding steps of an answer. One that is shorter was ended by a step of its own.
     objective, group
         See `decode_oracle`.
-    n_query
-        How many queries of the context's last tokens `MeasuredLayer.state` holds, for metrics that use them.
+    collector
+        Takes what `MeasuredLayer.state` holds.
+    replays
+        Parts of the context that the model repeats, for metrics that look at that.
     start
         Where an earlier pass stood.
 
@@ -190,20 +195,22 @@ def teacher_force(
     sequences = [[*suffix, *answer[: n - 1]] for suffix, answer, n in zip(suffixes, answers, n_step)]
     if not suffixes or not all(len(suffix) for suffix in suffixes):
         raise LukvError("importance needs at least one suffix, and one token or more in each")
-    for tokens in (prefix, *sequences):
+    collector = collector or Collector(Needs())
+    for tokens in (prefix, *sequences, *(replay.tokens for replay in replays)):
         model._check_tokens(tokens)
     lengths = [len(sequence) for sequence in sequences]
     prefix_positions = torch.arange(len(prefix), device=model.device)
     offsets = torch.cat([torch.arange(n, device=model.device) for n in lengths])
     if start is None:
-        packed = [token for sequence in sequences for token in sequence]
+        packed = [token for tokens in (*sequences, *(replay.tokens for replay in replays)) for token in tokens]
         start = ResidualStreams(0, model._embed(torch.tensor(prefix)), model._embed(torch.tensor(packed)))
-    x_prefix, x_queries = start.prefix, start.queries
+    x_prefix = start.prefix
+    x_queries, *x_replays = start.queries.split([sum(lengths), *(len(replay.tokens) for replay in replays)])
 
     for i in range(start.layer, model.config.n_layer):
         layer = model._layers[i]
         q, k, v, x_prefix = model._prefill_layer(layer, x_prefix, prefix_positions)
-        state = LayerState(keys=k, values=v, queries=q[:, max(0, len(prefix) - n_query) :].clone())
+        state = collector(model, i, layer, q, k, v)
         norms = _value_norms(v, model._output_weight(layer))
         residual_norms = torch.linalg.vector_norm(x_queries, dim=-1).split(lengths)
         own = [t.split(lengths) for t in model._project(layer, x_queries, len(prefix) + offsets)]
@@ -218,7 +225,14 @@ def teacher_force(
                 peak = peak / residual_norms[query][-n:].mean()
             peaks.append(peak)
         x_queries = model._finish_layer(layer, x_queries, torch.cat(attended))
-        yield MeasuredLayer(state, torch.stack(peaks), ResidualStreams(i + 1, x_prefix, x_queries))
+        if replays:
+            reconstruction = torch.zeros(k.shape[:2], device=k.device)
+            for r, replay in enumerate(replays):
+                found, x_replays[r] = replay_layer(model, layer, x_replays[r], k, v, replay, collector.sink)
+                reconstruction[:, replay.start : replay.end] = found
+            state = dataclasses.replace(state, reconstruction=reconstruction)
+        streams = ResidualStreams(i + 1, x_prefix, torch.cat([x_queries, *x_replays]))
+        yield MeasuredLayer(state, torch.stack(peaks), streams)
 
 
 def value_output_norms(model: ReferenceModel, prefix: KVCache, layer: int) -> Tensor:

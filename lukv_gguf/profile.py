@@ -17,9 +17,10 @@ from lukv_gguf import defaults, metrics, oracle
 from lukv_gguf.allocation import concave_envelope, greedy_counts, marginal_gains
 from lukv_gguf.answers import decode_answers
 from lukv_gguf.checkpoint import Checkpoint
+from lukv_gguf.collect import Collector, Replay, reconstruct
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
-from lukv_gguf.metrics import LayerState, Metric
+from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
 
@@ -30,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, steps done, and steps in all."""
 
 ENGINES = ("auto", "llama", "torch")
+_REPLAY_OVERLAP = 8  # tokens before a part that tell the model where it starts
 _TORCH_WEIGHTS = 10**9  # more, and the reference model no longer answers with all its weights in memory
 
 
@@ -192,6 +194,8 @@ def profile_metrics(
     with Tokenizer(path) as tokenizer:
         prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol)
         end_tokens = tokenizer.end_tokens
+        chunk = max(metric.needs.chunk for metric in chosen_metrics)
+        replays = _replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
     n_token = len(prefix)
     if n_token <= protocol.sink + protocol.recent:
         raise LukvError(
@@ -199,7 +203,7 @@ def profile_metrics(
         )
     tell("load", 1, 1)
 
-    run = _Run(path, model, prefix, suffixes, end_tokens, chosen_metrics, protocol, dtype, tell)
+    run = _Run(path, model, prefix, suffixes, end_tokens, replays, chosen_metrics, protocol, dtype, tell)
     saved = None
     if engine == "torch":
         seen = _measure_in_memory(run)
@@ -282,6 +286,7 @@ class _Run:
     prefix: list[int]
     suffixes: list[list[int]]
     end_tokens: frozenset[int]
+    replays: list[Replay]
     metrics: Sequence[Metric]
     protocol: Protocol
     dtype: torch.dtype
@@ -298,22 +303,28 @@ class _Run:
             self.suffixes,
             sorted((metric.name, sorted(metric.params.items())) for metric in self.metrics),
             {name: asdict(self.protocol)[name] for name in ("max_new_tokens", "objective", "group")},
+            [self.protocol.sink, self.protocol.recent],
+            [replay.tokens for replay in self.replays],
             str(self.dtype),
         ]
         return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
+    @property
+    def collector(self) -> Collector:
+        """Takes what the metrics need."""
+        needs = Needs.union(metric.needs for metric in self.metrics)
+        return Collector(needs, self.protocol.sink, self.protocol.recent)
+
     def scores(self, state: LayerState) -> dict[str, npt.NDArray[np.float32]]:
         """Each metric's scores of a layer, [H, T]."""
-        found = {}
-        for metric in self.metrics:
-            queries = None if state.queries is None else state.queries[:, state.queries.shape[1] - _window(metric) :]
-            found[metric.name] = metric.score(replace(state, queries=queries)).float().cpu().numpy()
-        return found
+        return {metric.name: _score(metric, state).float().cpu().numpy() for metric in self.metrics}
 
 
-def _window(metric: Metric) -> int:
-    """How many of the last queries a metric reads."""
-    return int(metric.params.get("window", 0))
+def _score(metric: Metric, state: LayerState) -> torch.Tensor:
+    """The scores of a metric, which sees as many queries as it asks for."""
+    if state.queries is not None:
+        state = replace(state, queries=state.queries[:, max(0, state.queries.shape[1] - metric.needs.window) :])
+    return metric.score(state)
 
 
 _IMPORTANCE = "importance"  # beside the names of metrics
@@ -329,8 +340,12 @@ class _Seen:
 
 
 def _measure_in_memory(run: _Run) -> _Seen:
-    n_window = max(map(_window, run.metrics))
-    cache = run.model.prefill(run.prefix, lambda done, total: run.tell("prefill", done, total), n_window)
+    collector, states = run.collector, []
+    cache = run.model.prefill(
+        run.prefix,
+        lambda done, total: run.tell("prefill", done, total),
+        lambda *layer: states.append(collector(*layer)),
+    )
     protocol = run.protocol
     seen = oracle.decode_oracle(
         run.model,
@@ -343,7 +358,10 @@ def _measure_in_memory(run: _Run) -> _Seen:
         progress=lambda done, total: run.tell("decode", done, total),
     )
     run.tell("decode", protocol.max_new_tokens, protocol.max_new_tokens)
-    layers = [run.scores(LayerState(*layer)) for layer in zip(cache.keys, cache.values, cache.queries)]
+    if run.replays:
+        repeated = reconstruct(run.model, cache, run.replays, protocol.sink)
+        states = [replace(state, reconstruction=found) for state, found in zip(states, repeated)]
+    layers = [run.scores(state) for state in states]
     return _Seen(seen.importance, _stack_layers(layers), seen.answers)
 
 
@@ -374,7 +392,8 @@ def _measure_by_layer(run: _Run, saved: Checkpoint | None) -> _Seen:
         protocol.max_new_tokens,
         objective=protocol.objective,
         group=protocol.group,
-        n_query=max(map(_window, run.metrics)),
+        collector=run.collector,
+        replays=run.replays,
         start=start,
     )
     for layer in passed:
@@ -406,7 +425,10 @@ def rank_positions(metric: Metric, cache: KVCache, sink: int, recent: int) -> In
     int array [L, H, T]
         Positions, best first; equal scores in the order of the text.
     """
-    scores = [metric.score(LayerState(keys, values)) for keys, values in zip(cache.keys, cache.values)]
+    scores = [
+        metric.score(LayerState(keys, values, layer=i, sink=sink, recent=recent))
+        for i, (keys, values) in enumerate(zip(cache.keys, cache.values))
+    ]
     return rank(torch.stack(scores).float().cpu().numpy(), sink, recent)[0]
 
 
@@ -503,6 +525,27 @@ def _tokenize(
     if room < 1:
         raise LukvError("the questions do not fit the model's context length")
     return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes
+
+
+def _replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int) -> list[Replay]:
+    """Requests to repeat the context part by part, each with the part as its answer. The template is not repeated."""
+    before, after = tokenizer.frame_user_message()
+    n_template = len(tokenizer.begin_tokens(before))
+    replays = []
+    for start in range(n_template, len(prefix), chunk):
+        part = prefix[start : start + chunk]
+        if start == n_template:
+            request = tokenizer.encode(f"\n\nRepeat the text above, word for word.{after}")
+        else:
+            request = tokenizer.encode("\n\nRepeat the text above, word for word, from here on: ")
+            request += prefix[max(n_template, start - _REPLAY_OVERLAP) : start] + tokenizer.encode(after)
+        replays.append(Replay(request + part, start, start + len(part)))
+    if len(prefix) + max((len(replay.tokens) for replay in replays), default=0) > n_context_train:
+        raise LukvError(
+            f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} of the model; "
+            "take a shorter context (--n-context) or smaller parts (kvzip:chunk=…)"
+        )
+    return replays
 
 
 def _silent(stage: str, done: int, total: int) -> None:

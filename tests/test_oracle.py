@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_gguf import TinyModel, write_tiny
 
+from lukv_gguf.collect import Collector
 from lukv_gguf.errors import LukvError
+from lukv_gguf.metrics import Needs
 from lukv_gguf.oracle import decode_oracle, loss_curve, optimality_gap, teacher_force
 from lukv_gguf.reference import ReferenceModel
 
@@ -97,18 +99,20 @@ def test_teacher_forcing_sees_what_decoding_saw(arch: str, objective: str, group
     path = write_tiny(tmp_path / "tiny.gguf", arch, n_layer=4).path
     model = ReferenceModel.load(path)
     prefix, suffixes = random_tokens(70), [random_tokens(5, seed=1), random_tokens(1, seed=2), random_tokens(3, seed=3)]
-    cache = model.prefill(prefix, n_query=6)
+    collector, states = Collector(Needs(window=6)), []
+    cache = model.prefill(prefix, observer=lambda *layer: states.append(collector(*layer)))
     end = model.decode_batch(cache, suffixes, 3)[0][2]
     choices = {"objective": objective, "group": group}
     decoded = decode_oracle(model, cache, suffixes, 5, end_tokens={end}, **choices)
 
     streamed = ReferenceModel.load(path, stream=True)
-    layers = list(teacher_force(streamed, prefix, suffixes, decoded.answers, 5, n_query=6, **choices))
+    layers = list(teacher_force(streamed, prefix, suffixes, decoded.answers, 5, collector=collector, **choices))
     forced = np.stack([layer.importance.numpy() for layer in layers], axis=1)
     np.testing.assert_allclose(forced, decoded.importance, rtol=1e-3, atol=1e-6)
-    for layer, keys, queries in zip(layers, cache.keys, cache.queries):
+    for layer, keys, state in zip(layers, cache.keys, states):
         np.testing.assert_allclose(layer.state.keys, keys, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(layer.state.queries, queries, rtol=1e-4, atol=1e-5)
+        assert state.queries.shape[1] == 6
+        np.testing.assert_allclose(layer.state.queries, state.queries, rtol=1e-4, atol=1e-5)
 
     rest = teacher_force(streamed, prefix, suffixes, decoded.answers, 5, start=layers[1].streams, **choices)
     np.testing.assert_array_equal(np.stack([layer.importance for layer in rest], axis=1), forced[:, 2:])

@@ -20,7 +20,7 @@ from lukv_gguf import checkpoint, cli, metrics, oracle, profile
 from lukv_gguf.allocation import apply_floor_and_blend
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metadata import read_metadata
-from lukv_gguf.metrics import LayerState, Metric
+from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile import Profile, Protocol, profile_metrics
 from lukv_gguf.profile_file import export_curve, import_curve, load_profiles, save_profiles
 
@@ -31,8 +31,12 @@ QUESTIONS = ["what is w7?", "how many?", "w3 w4 w5"]
 class LastQueries(Metric):
     """Attention of the last queries: a second metric, with a parameter, that sees more than keys."""
 
-    name = "last-queries"
+    name, native = "last-queries", True
     defaults = {"window": 5}
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=self.params["window"])
 
     def score(self, state: LayerState) -> Tensor:
         assert state.queries is not None and state.queries.shape[1] == self.params["window"]
@@ -109,6 +113,22 @@ class TestEngines:
         for name, found in profiles.items():
             assert_same(found, make(model, (name,))[name])
         assert not np.array_equal(profiles["keydiff"].budget, profiles["last-queries"].budget)
+
+    def test_every_metric_scores_the_same(self, model: Path) -> None:
+        names = tuple(metrics.names())
+        by_llama, by_torch = (make(model, names, engine=engine) for engine in ("llama", "torch"))
+        for name in names:
+            a, b = by_llama[name].scores, by_torch[name].scores
+            assert a.shape == (4, 2, 200) and np.isfinite(a[..., 20:]).all() and (np.diff(a[..., 20:]) <= 0).all()
+            np.testing.assert_allclose(a[..., 20:], b[..., 20:], rtol=1e-3, atol=1e-5)
+            assert by_llama[name].metric_params == metrics.get(name).params
+        tops = {by_llama[name].marginal.tobytes() for name in names}
+        assert len(tops) == len(names)  # no two rank alike
+
+    def test_kvzip_needs_room(self, tmp_path: Path) -> None:
+        small = write_tiny(tmp_path / "small.gguf", n_ctx=300, chat_template=CHAT_TEMPLATE).path
+        with pytest.raises(LukvError, match="more than the 300 of the model; take a shorter context"):
+            make(small, ("kvzip",))
 
     def test_a_small_model_is_held_in_memory(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert make(model, engine="auto")["keydiff"].provenance["engine"] == "torch"
@@ -228,7 +248,8 @@ class TestCheckpoint:
     def test_any_interruption_loses_one_layer_at_most(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole, folder = make(model), tmp_path / "p.partial"
+        names = ("keydiff", "last-queries", "kvzip")  # the last one has residual streams of its own
+        whole, folder = make(model, names), tmp_path / "p.partial"
         measured: list[int] = []
         score = LastQueries.score
 
@@ -243,7 +264,7 @@ class TestCheckpoint:
         while True:
             runs += 1
             try:
-                found = make(model, checkpoint=folder)
+                found = make(model, names, checkpoint=folder)
                 break
             except Interrupted:
                 assert folder.exists()
@@ -380,6 +401,26 @@ class TestCommands:
             else:
                 np.testing.assert_allclose(of_layers, 0.2, atol=5e-3)
             assert (meta.budget.std() > 1e-3) == (allocation != "uniform")
+
+    def test_a_metric_of_profiles_only_is_not_embedded(self, model: Path, tmp_path: Path) -> None:
+        output = tmp_path / "p.npz"
+        save_profiles(output, make(model, ("kvzip",)))
+        for options in (("--metric", "kvzip"), ("--profile", output), ("--metric", "kvzip", "--allocation", "uniform")):
+            assert_error(run("embed", model, "-o", tmp_path / "m.gguf", *options), "kvzip ranks in profiles only")
+        assert not (tmp_path / "m.gguf").exists()
+
+    def test_parameters_of_a_metric(self, model: Path, tmp_path: Path) -> None:
+        output, embedded = tmp_path / "p.npz", tmp_path / "m.gguf"
+        small = ("--n-context", "100", "--n-query", "2", "--k-max", "2")
+        assert run("profile", model, "-o", output, "--metric", "last-queries:window=7,keydiff", *small).exit_code == 0
+        assert load_profiles(output)["last-queries"].metric_params == {"window": 7}
+        embed = ("embed", model, "-o", embedded, "--profile", output)
+        assert_error(run(*embed, "--metric", "last-queries:window=8"), "made for last-queries:window=7, not for")
+        assert run(*embed, "--metric", "last-queries:window=7").exit_code == 0
+        assert read_metadata(embedded).metric_params == {"window": 7}
+        uniform = ("--allocation", "uniform", "--metric", "last-queries:window=9")
+        assert run("embed", model, "-o", embedded, *uniform).exit_code == 0
+        assert read_metadata(embedded).metric_params == {"window": 9}
 
     def test_another_shape_is_refused(self, model: Path, tmp_path: Path) -> None:
         run("profile", model, "-o", tmp_path / "p.npz", *self.OPTIONS)

@@ -164,7 +164,9 @@ class Tables:
         if self._has_own(metric):
             return profile_of(self._embedded, self.model.stem)
         if method.allocation in ("uniform", "pyramidkv"):
-            return blank_profile(metric, self._shape, {})
+            from lukv_gguf import metrics  # torch: slow to import
+
+            return blank_profile(metrics.parse(metric), self._shape, {})
         raise LukvError(
             f"{method.allocation} with {metric} needs a profile: lukv-gguf profile {self.model} --metric {metric}"
         )

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from lukv_gguf.errors import LukvError
-from lukv_gguf.metrics.base import LayerState, Metric
+from lukv_gguf.metrics.base import LayerState, Metric, Needs
+from lukv_gguf.metrics.cake import Cake
+from lukv_gguf.metrics.capkv import CapKV
+from lukv_gguf.metrics.criticalkv import CriticalKV
+from lukv_gguf.metrics.curdkv import CurDKV
+from lukv_gguf.metrics.expectedattention import ExpectedAttention
+from lukv_gguf.metrics.h2o import H2O
 from lukv_gguf.metrics.keydiff import KeyDiff
+from lukv_gguf.metrics.knorm import KNorm
+from lukv_gguf.metrics.kvzip import KVZip
+from lukv_gguf.metrics.random import Random
+from lukv_gguf.metrics.snapkv import SnapKV
+from lukv_gguf.metrics.streamingllm import StreamingLLM
 
-__all__ = ["KeyDiff", "LayerState", "Metric", "get", "names"]
+__all__ = ["LayerState", "Metric", "Needs", "get", "names", "parse", "require_native"]
 
-_METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (KeyDiff,)}
+_METRICS: dict[str, type[Metric]] = {
+    metric.name: metric
+    for metric in (Cake, CapKV, CurDKV, ExpectedAttention, H2O, KeyDiff, KNorm, KVZip, Random, SnapKV, StreamingLLM)
+}
+_CRITICAL = "criticalkv-"
 
 
 def names() -> list[str]:
-    """Names of all metrics, sorted."""
-    return sorted(_METRICS)
+    """Names of all metrics, sorted; those of wrapped ones too."""
+    return sorted([*_METRICS, *(_CRITICAL + name for name in CriticalKV.bases)])
 
 
 def get(name: str, **params: float) -> Metric:
@@ -22,13 +37,46 @@ def get(name: str, **params: float) -> Metric:
     Raises
     ------
     LukvError
-        No such metric, or it has no such parameter.
+        No such metric, or it has no such parameter, or not with such a value.
 
     Examples
     --------
-    >>> get("keydiff").name
-    'keydiff'
+    >>> get("snapkv", window=16).params["window"]
+    16
     """
-    if name not in _METRICS:
+    if name not in names():
         raise LukvError(f"unknown metric {name!r}; known metrics: {', '.join(names())}")
+    if name.startswith(_CRITICAL):
+        return CriticalKV(_METRICS[name.removeprefix(_CRITICAL)], **params)
     return _METRICS[name](**params)
+
+
+def parse(text: str) -> Metric:
+    """The metric that a user wrote: ``NAME`` or ``NAME:PARAM=VALUE:…``.
+
+    Raises
+    ------
+    LukvError
+        As `get`, or a value is not a number.
+
+    Examples
+    --------
+    >>> parse("snapkv:window=16:kernel=7").params
+    {'window': 16, 'kernel': 7, 'carry': 0}
+    """
+    name, *settings = text.strip().split(":")
+    params = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            params[key.strip()] = float(value)
+        except ValueError:
+            raise LukvError(f"metric {text!r}: write parameters as {name}:PARAM=NUMBER") from None
+    return get(name, **params)
+
+
+def require_native(metric: Metric) -> None:
+    """Raise LukvError if the native cache does not have a metric, so that a model that asks for it would not load."""
+    if not metric.native:
+        known = ", ".join(name for name in names() if get(name).native)
+        raise LukvError(f"metric {metric.name} ranks in profiles only, the native cache does not have it; it has: {known}")

@@ -19,6 +19,9 @@ class KeyDiff(Metric):
     """
 
     name = "keydiff"
+    summary = "the keys that differ most from the mean key"
+    cost = "T d"
+    native = True
 
     def score(self, state: LayerState) -> Tensor:
         unit_keys = normalize(state.keys.to(torch.float32), dim=-1)

@@ -5,20 +5,62 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lukv_gguf.collect import future_rotation, output_norms
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics import LayerState, Metric
-from lukv_gguf.reference.model import ReferenceModel
+from lukv_gguf.reference.model import ReferenceModel, _Layer
 
 COMMIT_EVERY = 64
 """Recent tokens that make the native cache commit while tokens are generated."""
 GENERATION_SIZE = 32
 """Tokens that a batch may have to count as generation."""
+
+
+@dataclass
+class _Head:
+    """The cells of a head in the order of their positions: keys, values, positions, and what a metric asks for.
+
+    The last `n_recent` cells of all heads are the recent ones.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    output_norms: Tensor  # [G, n_cells]
+    attention_sums: Tensor  # [G, n_cells]
+    attention_counts: Tensor
+    past: Tensor
+
+    def select(self, keep: Tensor) -> None:
+        """Keep some of the cells, by index or by mask."""
+        for name in ("keys", "values", "positions", "attention_counts", "past"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.output_norms, self.attention_sums = self.output_norms[:, keep], self.attention_sums[:, keep]
+
+
+@dataclass
+class _Queries:
+    """What is left of the queries of a layer: the last w [n_head, w, d], and sums over those before RoPE."""
+
+    last: Tensor
+    n: int
+    sum: Tensor
+    outer_sum: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(self.n, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.outer_sum / max(self.n, 1) - self.mean[:, :, None] * self.mean[:, None]
 
 
 class BoundedDecoder:
@@ -59,14 +101,31 @@ class BoundedDecoder:
         self._protected = sink, recent
         self._n_past = 0
         self._n_recent = 0
-        # keys, values and positions of each head; the last n_recent cells of all heads are the recent ones
-        self._keys = [[torch.empty(0, config.d_key)] * config.n_head_kv for _ in range(config.n_layer)]
-        self._values = [[torch.empty(0, config.d_value)] * config.n_head_kv for _ in range(config.n_layer)]
-        self._positions = [[torch.empty(0, dtype=torch.long)] * config.n_head_kv for _ in range(config.n_layer)]
+        n_group = config.n_group
+        self._heads = [
+            [
+                _Head(
+                    torch.empty(0, config.d_key),
+                    torch.empty(0, config.d_value),
+                    torch.empty(0, dtype=torch.long),
+                    torch.empty(n_group, 0),
+                    torch.empty(n_group, 0),
+                    torch.empty(0),
+                    torch.empty(0),
+                )
+                for _ in range(config.n_head_kv)
+            ]
+            for _ in range(config.n_layer)
+        ]
+        shape = config.n_head, config.d_key
+        self._queries = [
+            _Queries(torch.empty(config.n_head, 0, config.d_key), 0, torch.zeros(shape), torch.zeros(*shape, shape[1]))
+            for _ in range(config.n_layer)
+        ]
 
     def positions(self, layer: int, head: int) -> npt.NDArray[np.int64]:
         """Positions that a head can attend to, ascending."""
-        return np.sort(self._positions[layer][head].numpy())
+        return np.sort(self._heads[layer][head].positions.numpy())
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], *, bounded: bool = True) -> Tensor:
@@ -103,7 +162,11 @@ class BoundedDecoder:
         x = model._embed(torch.tensor(tokens))
         for i, layer in enumerate(model._layers):
             q, k, v = model._project(layer, x, new)
-            heads = [self._attend(i, head, q, k[:, head], v[:, head], new) for head in range(model.config.n_head_kv)]
+            self._remember_queries(i, layer, q, new)
+            norms = self._output_norms(layer, v)
+            heads = [
+                self._attend(i, head, q, k[:, head], v[:, head], norms[head], new) for head in range(len(norms))
+            ]
             x = model._finish_layer(layer, x, torch.cat(heads, dim=1).flatten(1))
         self._n_past += len(tokens)
         self._n_recent += len(tokens)
@@ -114,41 +177,98 @@ class BoundedDecoder:
         n_cells = self._n_cells if n_cells is None else n_cells
         for i in range(self._model.config.n_layer):
             for head in range(self._model.config.n_head_kv):
-                keep = self._select(i, head, int(n_cells[i, head]))
-                self._keys[i][head] = self._keys[i][head][keep]
-                self._values[i][head] = self._values[i][head][keep]
-                self._positions[i][head] = self._positions[i][head][keep]
+                self._heads[i][head].select(self._select(i, head, int(n_cells[i, head])))
         self._n_recent = 0
 
     def truncate(self, n_past: int) -> None:
         """Forget the tokens from `n_past` on. What was evicted does not come back."""
         self._n_recent -= min(self._n_recent, self._n_past - n_past)
+        for queries in self._queries:
+            queries.last = queries.last[:, : max(0, queries.last.shape[1] - (self._n_past - n_past))]
         self._n_past = n_past
-        for keys, values, positions in zip(self._keys, self._values, self._positions):
-            for head in range(len(positions)):
-                keep = positions[head] < n_past
-                keys[head], values[head], positions[head] = keys[head][keep], values[head][keep], positions[head][keep]
+        for heads in self._heads:
+            for head in heads:
+                head.select(head.positions < n_past)
 
     def _select(self, layer: int, head: int, n_cells: int) -> Tensor:
-        positions = self._positions[layer][head]
-        if len(positions) <= n_cells:
-            return torch.arange(len(positions))
-        sink, recent = self._protected
-        score = self._metric.score(LayerState(keys=self._keys[layer][head][None]))[0]
-        protected = (positions < sink) | (positions >= self._n_past - recent)
+        cells = self._heads[layer][head]
+        if len(cells.positions) <= n_cells:
+            return torch.arange(len(cells.positions))
+        state = self._state(layer, head)
+        score = self._metric.score(state)[0]
+        if self._metric.needs.past:
+            cells.past = self._metric.carry(state)[0]
         # protected cells first, then by score, then the later position
-        order = np.lexsort((positions.numpy(), score.numpy(), protected.numpy()))[::-1]
+        order = np.lexsort((cells.positions.numpy(), score.numpy(), state.is_protected.numpy()))[::-1]
         return torch.from_numpy(np.sort(order[:n_cells]))
 
-    def _attend(self, layer: int, head: int, q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Tensor:
+    def _state(self, layer: int, head: int) -> LayerState:
+        """What the metric sees of one head."""
+        config, needs = self._model.config, self._metric.needs
+        cells, queries = self._heads[layer][head], self._queries[layer]
+        group = slice(head * config.n_group, (head + 1) * config.n_group)
+        sink, recent = self._protected
+        rotation = None
+        if needs.query_mean:
+            rotation = future_rotation(
+                self._model._layers[layer], self._n_past, needs.n_future, config.d_key, self._model.device
+            )
+        return LayerState(
+            keys=cells.keys[None],
+            values=cells.values[None],
+            queries=queries.last[group],
+            query_mean=queries.mean[group],
+            query_covariance=queries.covariance[group],
+            future_rotation=rotation,
+            output_norms=cells.output_norms[None],
+            attention_sums=cells.attention_sums,
+            attention_counts=cells.attention_counts,
+            past=cells.past[None],
+            positions=cells.positions,
+            n_past=self._n_past,
+            layer=layer,
+            head=head,
+            sink=sink,
+            recent=recent,
+            attention_scale=config.attention_scale,
+            attention_cap=config.attention_cap,
+        )
+
+    def _remember_queries(self, index: int, layer: _Layer, q: Tensor, new: Tensor) -> None:
+        """Take from queries [n_token, n_head, d] what the metric asks for."""
+        needs, queries = self._metric.needs, self._queries[index]
+        last = torch.cat([queries.last, q.transpose(0, 1)], dim=1)
+        queries.last = last[:, max(0, last.shape[1] - needs.window) :]
+        if needs.query_mean:
+            counted = new >= self._protected[0]
+            plain = q if layer.rope is None else layer.rope.unrotate(q, layer.rope.at(new))
+            plain = plain[counted].transpose(0, 1)
+            queries.n += int(counted.sum())
+            queries.sum += plain.sum(dim=1)
+            queries.outer_sum += plain.mT @ plain
+
+    def _output_norms(self, layer: _Layer, v: Tensor) -> Tensor:
+        """||v W_O||_1 of the values [n_token, n_head_kv, d] if the metric asks for them: [n_head_kv, G, n_token]."""
         config = self._model.config
-        keys = self._keys[layer][head] = torch.cat([self._keys[layer][head], k])
-        values = self._values[layer][head] = torch.cat([self._values[layer][head], v])
-        positions = self._positions[layer][head] = torch.cat([self._positions[layer][head], new])
+        if not self._metric.needs.output_norms:
+            return torch.zeros(config.n_head_kv, config.n_group, len(v))
+        return output_norms(v.transpose(0, 1), self._model._output_weight(layer))
+
+    def _attend(self, layer: int, head: int, q: Tensor, k: Tensor, v: Tensor, norms: Tensor, new: Tensor) -> Tensor:
+        config, cells = self._model.config, self._heads[layer][head]
+        nothing = torch.zeros(config.n_group, len(new))
+        cells.keys = torch.cat([cells.keys, k])
+        cells.values = torch.cat([cells.values, v])
+        cells.positions = torch.cat([cells.positions, new])
+        cells.output_norms = torch.cat([cells.output_norms, norms], dim=1)
+        cells.past = torch.cat([cells.past, nothing[0]])
         group = q[:, head * config.n_group : (head + 1) * config.n_group].transpose(0, 1)
-        scores = group @ keys.T * config.d_key**-0.5
-        scores = scores.masked_fill(positions > new[:, None], float("-inf"))
-        return (scores.softmax(dim=-1) @ values).transpose(0, 1)
+        scores = self._model._cap(group @ cells.keys.T * config.attention_scale)
+        seen = cells.positions <= new[:, None]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        cells.attention_sums = torch.cat([cells.attention_sums, nothing], dim=1) + weights.sum(dim=1)
+        cells.attention_counts = torch.cat([cells.attention_counts, nothing[0]]) + seen.sum(dim=0)
+        return (weights @ cells.values).transpose(0, 1)
 
 
 class BoundedSequences:
@@ -227,7 +347,7 @@ class BoundedSequences:
             if sequence._n_recent and sequence._n_recent + n > limit:
                 full.append(i)
                 evicts = any(
-                    len(sequence._positions[layer][head]) > sequence._n_cells[layer, head]
+                    len(sequence._heads[layer][head].positions) > sequence._n_cells[layer, head]
                     for layer, head in np.ndindex(sequence._n_cells.shape)
                 )
                 renew |= evicts and self._is_worth_it(sequence._n_past, self._quotas[i], shares[i])
@@ -263,7 +383,7 @@ class BoundedSequences:
         owned, rooms = self._owned(shares), self._rooms_for([target])
         for i, sequence in self._sequences.items():
             for head in np.ndindex(self._n_kept.shape):
-                n_kept = len(sequence._positions[head[0]][head[1]]) - sequence._n_recent
+                n_kept = len(sequence._heads[head[0]][head[1]].positions) - sequence._n_recent
                 self._stale |= n_kept > owned[i][head] or sequence._n_recent > rooms[i]
         self._settle(shares, owned, rooms)
 

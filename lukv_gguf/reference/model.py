@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -32,18 +32,22 @@ class KVCache:
     ----------
     keys : list of Tensor [n_head_kv, T, d_key], float32
     values : list of Tensor [n_head_kv, T, d_value], float32
-    queries : list of Tensor [n_head, w, d_key], float32
-        Queries of the last w tokens after RoPE, as far as `ReferenceModel.prefill` was asked for them.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    queries: list[Tensor] = field(default_factory=list)
 
     @property
     def n_token(self) -> int:
         """T, the tokens held."""
         return self.keys[0].shape[1]
+
+
+class PrefillObserver(Protocol):
+    """Sees every layer of a prompt."""
+
+    def __call__(self, model: ReferenceModel, index: int, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Look at one layer: queries and keys after RoPE, and values, [heads, T, d]."""
 
 
 class DecodeObserver(Protocol):
@@ -198,11 +202,13 @@ class ReferenceModel:
         return heads.reshape(config.n_head_kv, config.n_group, config.d_value, config.n_embd)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], progress: Progress | None = None, n_query: int = 0) -> KVCache:
-        """Read a prompt, and keep the queries of its last `n_query` tokens.
+    def prefill(
+        self, tokens: Sequence[int], progress: Progress | None = None, observer: PrefillObserver | None = None
+    ) -> KVCache:
+        """Read a prompt.
 
         It runs layer by layer over the whole prompt with fused attention, so that besides the cache
-        only a few [T, n_embd] tensors exist.
+        only a few [T, n_embd] tensors exist. An observer sees them as they come.
 
         Raises
         ------
@@ -210,7 +216,7 @@ class ReferenceModel:
             No tokens, or one outside the vocabulary.
         """
         cache = KVCache([], [])
-        self._run(tokens, progress, cache, n_query)
+        self._run(tokens, progress, cache, observer)
         return cache
 
     @torch.inference_mode()
@@ -290,7 +296,7 @@ class ReferenceModel:
         tokens: Sequence[int],
         progress: Progress | None = None,
         cache: KVCache | None = None,
-        n_query: int = 0,
+        observer: PrefillObserver | None = None,
     ) -> Tensor:
         self._check_tokens(tokens)
         x = self._embed(torch.tensor(tokens))
@@ -300,7 +306,8 @@ class ReferenceModel:
             if cache is not None:
                 cache.keys.append(k)
                 cache.values.append(v)
-                cache.queries.append(q[:, max(0, q.shape[1] - n_query) :].clone())
+            if observer is not None:
+                observer(self, i, layer, q, k, v)
             if progress is not None:
                 progress(i + 1, len(self._layers))
         return x
@@ -320,10 +327,15 @@ class ReferenceModel:
         position = torch.arange(n_token, device=self.device)
         outputs = []
         for part in _slices(n_token, max(1, _SCORE_CELLS // (q.shape[0] * n_token))):
-            scores = self._cap(q[:, part] @ k.transpose(1, 2) * scale)
-            hidden = self._hidden(layer, position[part], position)
-            outputs.append(scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1) @ v)
+            outputs.append(self._attention_weights(layer, q[:, part], k, position[part], position) @ v)
         return torch.cat(outputs, dim=1)
+
+    def _attention_weights(
+        self, layer: _Layer, q: Tensor, k: Tensor, query_position: Tensor, key_position: Tensor
+    ) -> Tensor:
+        """Attention weights [n_head, n_query, n_key] of queries and keys [n_head, n, d] at these positions."""
+        scores = self._cap(q @ k.transpose(1, 2) * self.config.attention_scale)
+        return scores.masked_fill_(self._hidden(layer, query_position, key_position), float("-inf")).softmax(dim=-1)
 
     def _hidden(self, layer: _Layer, query: Tensor, key: Tensor) -> Tensor:
         """Which keys a query may not see, by their positions: broadcasts [..., n_query] with [n_key]."""

@@ -86,6 +86,17 @@ class RotaryEmbedding:
         joined = torch.stack(turned, dim=-1).flatten(-2) if self._interleaved else torch.cat(turned, dim=-1)
         return torch.cat((joined, rest), dim=-1) if rest.shape[-1] else joined
 
+    def unrotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Undo `rotate`."""
+        cos, sin = rotation
+        scale = self._magnitude**-2
+        return self.rotate(x, (cos * scale, -sin * scale))
+
+    def mean_rotation(self, positions: Tensor, d_head: int) -> Tensor:
+        """Mean of the rotations of several positions as a matrix, which multiplies a head from the left: [d, d]."""
+        cos, sin = (part.mean(dim=0, keepdim=True) for part in self.at(positions))
+        return self.rotate(torch.eye(d_head, device=self._device)[None], (cos, sin))[0].T
+
 
 def _yarn_kept(config: RopeConfig) -> Tensor:
     """Share of each frequency that YaRN leaves as it is: 1 for the fastest, 0 for the slowest. [dim / 2]."""

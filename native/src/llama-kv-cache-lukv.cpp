@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -39,6 +40,13 @@ static constexpr int64_t N_MASK_ALIGN = 8;
 // graph nodes for each head: views, permutations, attention and concatenation, or the score and the selection
 static constexpr uint32_t N_NODES_HEAD = 24;
 
+// graph nodes for each layer that keep what the metric needs of the queries, and for each sequence of a ubatch
+static constexpr uint32_t N_NODES_QUERIES     = 24;
+static constexpr uint32_t N_NODES_QUERIES_SEQ = 12;
+
+// rotations that are computed together
+static constexpr uint32_t N_ROTATIONS = 64;
+
 static constexpr uint32_t STATE_MAGIC = 0x6c756b76;
 
 //
@@ -63,6 +71,27 @@ static uint32_t n_rot(uint32_t n_embd_head, ggml_type type, bool largest) {
         res *= 2;
     }
     return res;
+}
+
+// orthonormal Walsh-Hadamard matrix [n, n]
+static void fill_rot(float * data, int64_t n) {
+    if (n == 0) {
+        return;
+    }
+
+    // the matrix of twice the size consists of four of these, the last one negative
+    data[0] = 1.0f/sqrtf(n);
+    for (int64_t m = 1; m < n; m *= 2) {
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < m; ++j) {
+                const float x = data[i*n + j];
+
+                data[ i     *n + m + j] =  x;
+                data[(m + i)*n     + j] =  x;
+                data[(m + i)*n + m + j] = -x;
+            }
+        }
+    }
 }
 
 // copies rows from one tensor to another one, or within one where they do not overlap
@@ -110,7 +139,8 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
     n_seq_max(cparams.n_seq_max),
     n_recent_max(n_recent_max_of(kv_size, cparams.n_ubatch)),
     n_room_all(n_recent_max + std::min(n_recent_max, (n_seq_max - 1)*N_RECENT_DECODE)),
-    rot_k(n_rot(model.hparams.n_embd_head_k(), type_k, true)), rot_v(n_rot(model.hparams.n_embd_head_v(), type_v, false)) {
+    rot_k(n_rot(model.hparams.n_embd_head_k(), type_k, true)), rot_v(n_rot(model.hparams.n_embd_head_v(), type_v, false)),
+    metric(*llama_lukv_metric::find(params.metric)), needs(metric.needs(params.metric_params)) {
     params.budget.clear();
     for (uint32_t il = 0; il < params_model.n_layer; ++il) {
         if (filter && !filter(il)) {
@@ -126,6 +156,16 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
 
     const auto n_owned = n_owned_all();
     kv = alloc(n_rows_of({}, {}), n_owned);
+
+    std::map<int32_t, ggml_backend_dev_t> devs;
+    for (const auto & layer : kv.layers) {
+        devs[layer.il] = get_dev(layer.il);
+    }
+    queries = std::make_unique<llama_lukv_queries>(model, needs, devs, params.sink, n_seq_max);
+
+    if (needs.out_norms) {
+        alloc_wo_copies();
+    }
 
     LLAMA_LOG_INFO("%s: size = %7.2f MiB (%.1f%% of %.2f MiB), ratio = %.3f, policy = %s, metric = %s, "
             "cells per head = %u recent + %u .. %u kept, %u layers x %u heads, %u sequences\n", __func__,
@@ -147,10 +187,66 @@ uint64_t llama_kv_cache_lukv::size_stock() const {
             ggml_row_size(type_k, model.hparams.n_embd_head_k()) + ggml_row_size(type_v, model.hparams.n_embd_head_v()));
 }
 
+uint64_t llama_kv_cache_lukv::size() const {
+    uint64_t res = kv.size() + queries->size();
+    for (const auto & [_, t] : wo_copies) {
+        res += ggml_nbytes(t);
+    }
+    return res;
+}
+
+// repacked weights, e.g. for the CPU: their rows have no order that others know
+void llama_kv_cache_lukv::alloc_wo_copies() {
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
+
+    for (const auto & layer : kv.layers) {
+        ggml_tensor * wo = model.layers[layer.il].wo;
+        if (!wo->buffer || model.hparams.no_alloc) {
+            continue;
+        }
+
+        ggml_context_ptr ctx_cast { ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }) };
+
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(wo->buffer));
+        if (!dev || ggml_backend_dev_supports_op(dev, ggml_cast(ctx_cast.get(), wo, GGML_TYPE_F32))) {
+            continue;
+        }
+
+        auto & ctx = ctx_map[ggml_backend_dev_buffer_type(dev)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        wo_copies[layer.il] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, wo->ne[0], wo->ne[1]);
+    }
+
+    for (auto & [buft, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        if (!buf) {
+            throw std::runtime_error("failed to allocate buffer for W_O");
+        }
+
+        LLAMA_LOG_INFO("%s: %10s W_O buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
+
+        ctxs_bufs_wo.emplace_back(std::move(ctx), buf);
+    }
+}
+
 uint64_t llama_kv_cache_lukv::kv_storage::size() const {
     uint64_t res = 0;
     for (const auto & layer : layers) {
-        res += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
+        for (ggml_tensor * t : layer.tensors()) {
+            res += ggml_nbytes(t);
+        }
+    }
+    return res;
+}
+
+std::vector<ggml_tensor *> llama_kv_cache_lukv::kv_layer::tensors() const {
+    std::vector<ggml_tensor *> res = { k, v };
+    for (ggml_tensor * t : { norms, past }) {
+        if (t) {
+            res.push_back(t);
+        }
     }
     return res;
 }
@@ -185,7 +281,7 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
 
     layer_ops res;
     res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f));
-    res.score  = ggml_backend_dev_supports_op(dev, scores);
+    res.score  = ggml_backend_dev_supports_op(dev, scores) && metric.name == "keydiff";
     res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
 
@@ -242,7 +338,7 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         auto & ctx = ctx_map[buft];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 2u*params.n_layer*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 4u*params.n_layer*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -262,6 +358,16 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         layer.v = ggml_new_tensor_2d(ctx.get(), type_v, hparams.n_embd_head_v(il), n_rows_layer);
         ggml_format_name(layer.k, "cache_k_l%d", il);
         ggml_format_name(layer.v, "cache_v_l%d", il);
+
+        const auto new_numbers = [&](bool needed, const char * name) {
+            ggml_tensor * res = needed ? ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, n_rows_layer) : nullptr;
+            if (res) {
+                ggml_format_name(res, name, il);
+            }
+            return res;
+        };
+        layer.norms = new_numbers(needs.out_norms, "cache_norms_l%d");
+        layer.past  = new_numbers(needs.past,      "cache_past_l%d");
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -388,7 +494,9 @@ bool llama_kv_cache_lukv::get_can_shift() const {
 }
 
 uint32_t llama_kv_cache_lukv::n_nodes_extra() const {
-    return N_NODES_HEAD*n_heads();
+    const uint32_t n_nodes_queries = queries->active() ? (N_NODES_QUERIES + N_NODES_QUERIES_SEQ*n_seq_max)*params.n_layer : 0;
+
+    return N_NODES_HEAD*n_heads() + n_nodes_queries;
 }
 
 void llama_kv_cache_lukv::clear(bool data) {
@@ -416,6 +524,8 @@ void llama_kv_cache_lukv::remove(kv_seq & seq, llama_pos p0, llama_pos p1) {
     for (auto & seg : seq.segs) {
         remove_from(seg.pos);
     }
+
+    queries->remove(seq.queries, p0, p1);
 
     // the logical range. some of its cells may have been evicted from every head
     if (p1 > seq.pos_max) {
@@ -492,9 +602,11 @@ void llama_kv_cache_lukv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_ds
         return;
     }
 
-    const kv_seq & copy = seqs.at(seq_id_dst);
-
     row_copier copy_rows(*this);
+
+    queries->copy(src.queries, seqs.at(seq_id_dst).queries, p0, p1);
+
+    const kv_seq & copy = seqs.at(seq_id_dst);
 
     for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
         std::vector<llama_pos> cells = src.segs[i].pos;
@@ -508,7 +620,7 @@ void llama_kv_cache_lukv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_ds
                 last++;
             }
             if (copied) {
-                for (ggml_tensor * t : { layer.k, layer.v }) {
+                for (ggml_tensor * t : layer.tensors()) {
                     copy_rows(t, src.segs[i].offs + first, t, dst_row, last - first);
                 }
                 dst_row += last - first;
@@ -559,6 +671,12 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_lukv::memory_breakdo
         } else {
             res[buft] += ggml_backend_buffer_get_size(buf.get());
         }
+    }
+    for (const auto & [buft, size] : queries->memory_breakdown()) {
+        res[buft] += size;
+    }
+    for (const auto & [_, buf] : ctxs_bufs_wo) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
     }
 
     return res;
@@ -872,6 +990,7 @@ bool llama_kv_cache_lukv::add_seqs(std::map<llama_seq_id, kv_seq> added, bool is
     for (auto & [id, seq] : added) {
         auto & cur = seqs.at(id);
 
+        init_queries(cur);
         cur.pos_recent = std::move(seq.pos_recent);
         for (size_t i = 0; i < n_heads(); ++i) {
             cur.segs[i].pos = std::move(seq.segs[i].pos);
@@ -964,8 +1083,9 @@ bool llama_kv_cache_lukv::set_layout(const n_cells_t & n_owned, const std::map<l
                 const auto & src = kv    .layers[i/params.n_head_kv];
                 const auto & dst = kv_new.layers[i/params.n_head_kv];
 
-                copy_rows(src.k, seq.segs[i].offs, dst.k, offs.at(id)[i], n_cells[i]);
-                copy_rows(src.v, seq.segs[i].offs, dst.v, offs.at(id)[i], n_cells[i]);
+                for (size_t t = 0; t < src.tensors().size(); ++t) {
+                    copy_rows(src.tensors()[t], seq.segs[i].offs, dst.tensors()[t], offs.at(id)[i], n_cells[i]);
+                }
             }
         }
 
@@ -1048,6 +1168,11 @@ bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
 
     for (size_t s = 0; s < ids.size(); ++s) {
         kv_seq & seq = seqs.at(ids[s]);
+
+        if (seq.pos_max < 0) {
+            init_queries(seq);
+        }
+        queries->add(seq.queries, ubatch.pos + s*n, n, seq.pos_min < 0 ? ubatch.pos[s*n] : seq.pos_min);
 
         for (uint32_t i = s*n; i < (s + 1)*n; ++i) {
             seq.pos_recent.push_back(ubatch.pos[i]);
@@ -1241,7 +1366,7 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
     const int64_t t_start_us = ggml_time_us();
 
     std::vector<std::vector<int32_t>> rows;
-    if (!compute_evicted(evictions, rows)) {
+    if (!compute_norms(evictions) || !compute_evicted(evictions, rows)) {
         return false;
     }
 
@@ -1301,24 +1426,6 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
     version++;
 
     return true;
-}
-
-// KeyDiff: the cells whose keys differ most from the mean of the normalised keys stay
-// ref: https://arxiv.org/abs/2504.15364
-// for devices without the op: an outer product would save the transposed copy, but not all of them have it
-// k [n_embd_head_k, n_cells] -> [1, n_cells]
-static ggml_tensor * build_score_keydiff(ggml_context * ctx, ggml_tensor * k) {
-    if (k->type != GGML_TYPE_F32) {
-        k = ggml_cast(ctx, k, GGML_TYPE_F32);
-    }
-
-    // only the order of the scores matters: neither the length of the normalised keys nor that of their sum does
-    ggml_tensor * k_norm = ggml_rms_norm(ctx, k, 1e-12f);
-    ggml_tensor * k_sum  = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, k_norm))); // [1, n_embd_head_k]
-
-    k_sum = ggml_reshape_2d(ctx, k_sum, k_sum->ne[1], 1);
-
-    return ggml_scale(ctx, ggml_mul_mat(ctx, k_norm, k_sum), -1.0f/k->ne[0]/k->ne[1]);
 }
 
 // a graph of the cache's own, apart from the one of the model: that one stays allocated and can be reused
@@ -1417,9 +1524,30 @@ private:
 bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows) {
     rows.assign(evictions.size()*n_heads(), {});
 
-    commit_graph graph(*this, evictions.size()*n_nodes_extra() + 1024);
+    // the layers of a model mostly rotate alike
+    std::map<std::tuple<llama_lukv_queries::rope_op, float, llama_pos>, std::vector<float>> futures;
+
+    const auto get_future = [&](int32_t il, const kv_seq & seq) -> std::vector<float> & {
+        const auto & attn = queries->get_attn(il);
+        return futures[{ attn.rope, attn.q_scale, seq.pos_max + 1 }];
+    };
+    for (size_t e = 0; e < evictions.size() && needs.n_future > 0; ++e) {
+        const auto & seq = *evictions[e].seq;
+
+        for (const auto & layer : kv.layers) {
+            auto & rows_future = get_future(layer.il, seq);
+            if (rows_future.empty() && !compute_future_rotation(layer.il, seq.pos_max + 1, rows_future)) {
+                return false;
+            }
+        }
+    }
+
+    commit_graph graph(*this, evictions.size()*(llama_lukv_metric::N_NODES*n_heads() + N_NODES_QUERIES*params.n_layer) + 1024);
 
     auto * ctx = graph.ctx.get();
+
+    const auto input_f32 = [&](const std::vector<float>   & data, int64_t ne0) { return graph.input(GGML_TYPE_F32, data, ne0); };
+    const auto input_i32 = [&](const std::vector<int32_t> & data, int64_t ne0) { return graph.input(GGML_TYPE_I32, data, ne0); };
 
     // the scores on a device, and the heads that give up cells: the first row of each in the scores, its cells, and how many go
     struct selection {
@@ -1459,6 +1587,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         for (size_t e = 0; e < evictions.size(); ++e) {
             const auto & seq = *evictions[e].seq;
 
+            llama_lukv_queries::seq_view view; // made for the first head that needs it
+            bool has_view = !queries->active();
+
             for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
                 const size_t i   = l*params.n_head_kv + ih;
                 const auto & seg = seq.segs[i];
@@ -1483,9 +1614,20 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                     continue;
                 }
 
-                ggml_tensor * k = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n_cells, layer.k->nb[1], seg.offs*layer.k->nb[1]);
+                if (!has_view) {
+                    ggml_tensor * rotation = needs.n_future > 0 ? input_f32(get_future(layer.il, seq), layer.k->ne[0]) : nullptr;
 
-                cur.scores.push_back(build_score_keydiff(ctx, k));
+                    view     = queries->build_view(ctx, input_i32, seq.queries, layer.il, rotation);
+                    has_view = true;
+                }
+
+                llama_lukv_scorer s = get_scorer(ctx, seq, i, view);
+                s.input_f32 = input_f32;
+                s.input_i32 = input_i32;
+                s.n_keep    = n_keep;
+                s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
+
+                cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
                 cur.n_rows += n_cells;
             }
         }
@@ -1564,6 +1706,283 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
     return true;
 }
 
+llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_seq & seq, size_t i, const llama_lukv_queries::seq_view & view) const {
+    const auto & layer   = kv.layers[i/params.n_head_kv];
+    const auto & hparams = model.hparams;
+    const auto & seg     = seq.segs[i];
+
+    const uint32_t ih = i%params.n_head_kv;
+
+    llama_lukv_scorer res;
+
+    res.ctx     = ctx;
+    res.params  = params.metric_params;
+    res.il      = layer.il;
+    res.ih      = ih;
+    res.n_gqa   = hparams.n_head(layer.il)/params.n_head_kv;
+    res.prot    = get_protected(seq, seg);
+    res.pos_min = seq.pos_min;
+    res.pos_max = seq.pos_max;
+    res.sink    = params.sink;
+
+    res.pos = seg.pos;
+    res.pos.insert(res.pos.end(), seq.pos_recent.begin(), seq.pos_recent.end());
+
+    const auto view_rows = [&](ggml_tensor * t) {
+        return ggml_view_2d(ctx, t, t->ne[0], res.n_cells(), t->nb[1], seg.offs*t->nb[1]);
+    };
+    res.k = view_rows(layer.k);
+    res.v = view_rows(layer.v);
+    if (layer.norms) {
+        res.out_norms = view_rows(layer.norms);
+    }
+    if (layer.past) {
+        res.past = ggml_view_1d(ctx, layer.past, res.n_cells(), seg.offs*layer.past->nb[1]);
+    }
+
+    if (queries->active()) {
+        res.kq_scale = queries->get_attn(layer.il).scale;
+        res.soft_cap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    }
+
+    // the query heads of this one
+    res.pos_q = view.pos;
+    if (view.q) {
+        res.q = ggml_view_3d(ctx, view.q, view.q->ne[0], res.n_gqa, view.q->ne[2], view.q->nb[1], view.q->nb[2], ih*res.n_gqa*view.q->nb[1]);
+    }
+    if (view.mean) {
+        res.q_mean = ggml_view_2d(ctx, view.mean, view.mean->ne[0], res.n_gqa, view.mean->nb[1], ih*res.n_gqa*view.mean->nb[1]);
+    }
+    if (view.cov) {
+        res.q_cov = ggml_view_3d(ctx, view.cov, view.cov->ne[0], view.cov->ne[1], res.n_gqa, view.cov->nb[1], view.cov->nb[2], ih*res.n_gqa*view.cov->nb[2]);
+    }
+
+    return res;
+}
+
+bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions) {
+    // nothing was said about the recent cells yet
+    if (needs.past) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+    for (size_t e = 0; e < evictions.size() && needs.past; ++e) {
+        const auto & seq = *evictions[e].seq;
+
+        for (size_t i = 0; i < n_heads() && !seq.pos_recent.empty(); ++i) {
+            ggml_tensor * t = kv.layers[i/params.n_head_kv].past;
+
+            ggml_backend_tensor_memset(t, 0, (seq.segs[i].offs + seq.segs[i].pos.size())*t->nb[1], seq.pos_recent.size()*t->nb[1]);
+        }
+    }
+
+    if (!needs.out_norms) {
+        return true;
+    }
+
+    if (!wo_copied && !compute_wo_copies()) {
+        return false;
+    }
+
+    const auto & hparams = model.hparams;
+
+    commit_graph graph(*this, (16 + 8*evictions.size()*hparams.n_head())*params.n_layer + 64);
+
+    auto * ctx = graph.ctx.get();
+
+    std::vector<float> rot_data(rot_v*rot_v);
+    fill_rot(rot_data.data(), rot_v);
+
+    ggml_tensor * rot = rot_v > 0 ? graph.input(GGML_TYPE_F32, rot_data, rot_v) : nullptr;
+
+    bool empty = true;
+
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        const auto & layer = kv.layers[l];
+
+        const int64_t n_embd_v = layer.v->ne[0];
+        const int64_t n_gqa    = hparams.n_head(layer.il)/params.n_head_kv;
+
+        // [n_embd_head_v*n_head, n_embd]
+        ggml_tensor * wo = wo_copies.count(layer.il) ? wo_copies.at(layer.il) : model.layers[layer.il].wo;
+        if (wo->type != GGML_TYPE_F32 && wo->type != GGML_TYPE_F16) {
+            wo = ggml_cast(ctx, wo, GGML_TYPE_F32);
+        }
+
+        for (const auto & eviction : evictions) {
+            const auto & seq = *eviction.seq;
+
+            const int64_t n_recent = seq.pos_recent.size();
+            if (n_recent == 0) {
+                continue;
+            }
+            empty = false;
+
+            for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                const auto & seg = seq.segs[l*params.n_head_kv + ih];
+
+                const int64_t row = seg.offs + seg.pos.size();
+
+                ggml_tensor * v = ggml_view_2d(ctx, layer.v, n_embd_v, n_recent, layer.v->nb[1], row*layer.v->nb[1]);
+                if (v->type != GGML_TYPE_F32) {
+                    v = ggml_cast(ctx, v, GGML_TYPE_F32);
+                }
+                if (rot) {
+                    v = ggml_reshape_2d(ctx, ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, v, rot_v, n_embd_v*n_recent/rot_v)), n_embd_v, n_recent);
+                }
+
+                ggml_tensor * sum = nullptr;
+                for (int64_t ig = ih*n_gqa; ig < (ih + 1)*n_gqa; ++ig) {
+                    ggml_tensor * w   = ggml_view_2d(ctx, wo, n_embd_v, wo->ne[1], wo->nb[1], ig*n_embd_v*wo->nb[0]);
+                    ggml_tensor * cur = ggml_sum_rows(ctx, ggml_abs(ctx, ggml_mul_mat(ctx, w, v)));
+
+                    sum = sum ? ggml_add(ctx, sum, cur) : cur;
+                }
+
+                std::vector<int64_t> rows(n_recent);
+                std::iota(rows.begin(), rows.end(), row);
+
+                ggml_tensor * res = ggml_set_rows(ctx, layer.norms, ggml_scale(ctx, sum, 1.0f/n_gqa), graph.input(GGML_TYPE_I64, rows, n_recent));
+                ggml_build_forward_expand(graph.gf, res);
+            }
+        }
+    }
+
+    return empty || graph.compute("norms of values");
+}
+
+bool llama_kv_cache_lukv::compute_wo_copies() {
+    for (const auto & [il, copy] : wo_copies) {
+        const int64_t n = copy->ne[0];
+
+        std::vector<float> identity(n*n);
+        for (int64_t i = 0; i < n; ++i) {
+            identity[i*n + i] = 1.0f;
+        }
+
+        commit_graph graph(*this, 16);
+
+        auto * ctx = graph.ctx.get();
+
+        ggml_tensor * columns = ggml_mul_mat(ctx, model.layers[il].wo, graph.input(GGML_TYPE_F32, identity, n));
+        ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, ggml_cont(ctx, ggml_transpose(ctx, columns)), copy));
+
+        if (!graph.compute("copy of W_O")) {
+            return false;
+        }
+    }
+    wo_copied = true;
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::compute_rotation(const llama_lukv_queries::rope_op & rope, llama_pos pos, uint32_t n, std::vector<float> & res) {
+    const int64_t n_embd = model.hparams.n_embd_head_k();
+
+    std::vector<float> identity(n_embd*n_embd);
+    for (int64_t i = 0; i < n_embd; ++i) {
+        identity[i*n_embd + i] = 1.0f;
+    }
+
+    commit_graph graph(*this, 64);
+
+    auto * ctx = graph.ctx.get();
+
+    std::vector<int32_t> positions(n);
+    std::iota(positions.begin(), positions.end(), pos);
+
+    float f[6]; // freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    memcpy(f, rope.params.data() + 5, sizeof(f));
+
+    ggml_tensor * cur = graph.input(GGML_TYPE_F32, identity, n_embd);
+    cur = ggml_repeat_4d(ctx, cur, n_embd, n_embd, n, 1);
+    cur = ggml_rope_ext(ctx, cur, graph.input(GGML_TYPE_I32, positions, n), rope.factors,
+            rope.params[1], rope.params[2], rope.params[4], f[0], f[1], f[2], f[3], f[4], f[5]);
+    cur = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, ggml_reshape_2d(ctx, cur, n_embd*n_embd, n))));
+    graph.output(cur);
+
+    if (!graph.compute("rotation of queries")) {
+        return false;
+    }
+
+    res.resize(n_embd*n_embd);
+    ggml_backend_tensor_get(cur, res.data(), 0, ggml_nbytes(cur));
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::compute_future_rotation(int32_t il, llama_pos pos, std::vector<float> & res) {
+    const auto & attn = queries->get_attn(il);
+
+    const size_t n = model.hparams.n_embd_head_k(il);
+
+    // rows of the matrix: identity, or R(pos) times the mean of R(0) ... R(n_future - 1)
+    std::vector<float> rows(n*n);
+
+    if (attn.rope.none) {
+        for (size_t i = 0; i < n; ++i) {
+            rows[i*n + i] = attn.q_scale;
+        }
+    } else {
+        auto & mean = rotations[attn.rope];
+        if (mean.empty()) {
+            std::vector<float> sum(n*n);
+            std::vector<float> cur;
+            for (uint32_t i = 0; i < needs.n_future; i += N_ROTATIONS) {
+                if (!compute_rotation(attn.rope, i, std::min(N_ROTATIONS, needs.n_future - i), cur)) {
+                    return false;
+                }
+                std::transform(sum.begin(), sum.end(), cur.begin(), sum.begin(), std::plus<float>());
+            }
+
+            // a rotation may scale what it rotates: once, not twice
+            if (!compute_rotation(attn.rope, 0, 1, cur)) {
+                return false;
+            }
+            for (size_t j = 0; j < n; ++j) {
+                for (size_t i = 0; i < n; ++i) {
+                    sum[j*n + i] /= needs.n_future*cur[i*n + i];
+                }
+            }
+            mean = std::move(sum);
+        }
+
+        std::vector<float> turn;
+        if (!compute_rotation(attn.rope, pos, 1, turn)) {
+            return false;
+        }
+        for (size_t k = 0; k < n; ++k) {
+            for (size_t i = 0; i < n; ++i) {
+                const float x = turn[k*n + i]*attn.q_scale;
+                for (size_t j = 0; x != 0.0f && j < n; ++j) {
+                    rows[i*n + j] += x*mean[j*n + k];
+                }
+            }
+        }
+    }
+
+    // K may be rotated once more
+    if (rot_k > 0) {
+        std::vector<float> rot(rot_k*rot_k);
+        fill_rot(rot.data(), rot_k);
+
+        std::vector<float> rotated(n*n);
+        for (size_t i = 0; i < n; ++i) {
+            const size_t first = i/rot_k*rot_k;
+            for (size_t k = first; k < first + rot_k; ++k) {
+                const float x = rot[(i - first)*rot_k + k - first];
+                for (size_t j = 0; j < n; ++j) {
+                    rotated[i*n + j] += x*rows[k*n + j];
+                }
+            }
+        }
+        rows = std::move(rotated);
+    }
+
+    res = std::move(rows);
+
+    return true;
+}
+
 // the rows of K or V as numbers of 32 bits, so that they can be moved as they are
 static ggml_tensor * view_raw(ggml_context * ctx, ggml_tensor * t) {
     ggml_tensor * res = ggml_view_tensor(ctx, t);
@@ -1620,7 +2039,7 @@ bool llama_kv_cache_lukv::compute_moves(const cell_moves & moves, bool async) {
         ggml_tensor * dst = ggml_view_1d(ctx, cur, n, (first[dev] + n)*cur->nb[0]);
         first[dev] += 2*n;
 
-        for (ggml_tensor * t : { kv.layers[l].k, kv.layers[l].v }) {
+        for (ggml_tensor * t : kv.layers[l].tensors()) {
             ggml_tensor * raw = view_raw(ctx, t);
 
             // note: all rows are read before the first one is written
@@ -1718,6 +2137,38 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch &
     }
 }
 
+void llama_kv_cache_lukv::init_queries(kv_seq & seq) {
+    if (!queries->active()) {
+        return;
+    }
+
+    if (lctx) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+
+    std::vector<int32_t> used;
+    for (const auto & [_, other] : seqs) {
+        if (&other != &seq && other.queries.slot >= 0) {
+            used.push_back(other.queries.slot);
+        }
+    }
+    queries->init_seq(seq.queries, used);
+}
+
+void llama_kv_cache_lukv::set_input_queries(const llama_lukv_queries::graph_inputs & inp, const llama_ubatch & ubatch) const {
+    if (!queries->active()) {
+        return;
+    }
+
+    std::vector<const llama_lukv_queries::seq_state *> states;
+    std::vector<llama_pos> pos_min;
+    for (llama_seq_id id : seq_ids_of(ubatch)) {
+        states .push_back(&seqs.at(id).queries);
+        pos_min.push_back(seqs.at(id).pos_min);
+    }
+    queries->set_inputs(inp, ubatch, states, pos_min);
+}
+
 void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
@@ -1768,26 +2219,10 @@ bool llama_kv_cache_lukv::use_ragged(int32_t il, uint32_t n_tokens) const {
     return cparams.flash_attn && op.attn && n_tokens <= op.n_tokens_attn;
 }
 
-// orthonormal Walsh-Hadamard matrix
 void llama_kv_cache_lukv::set_input_rot(ggml_tensor * dst) {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    float * data = (float *) dst->data;
-
-    // the matrix of twice the size consists of four of these, the last one negative
-    const int64_t n = dst->ne[0];
-    data[0] = 1.0f/sqrtf(n);
-    for (int64_t m = 1; m < n; m *= 2) {
-        for (int64_t i = 0; i < m; ++i) {
-            for (int64_t j = 0; j < m; ++j) {
-                const float x = data[i*n + j];
-
-                data[ i     *n + m + j] =  x;
-                data[(m + i)*n     + j] =  x;
-                data[(m + i)*n + m + j] = -x;
-            }
-        }
-    }
+    fill_rot((float *) dst->data, dst->ne[0]);
 }
 
 template <typename T>
@@ -1833,6 +2268,10 @@ uint64_t llama_kv_cache_lukv::hash_table() const {
     };
     add(params.budget.data(), params.budget.size()*sizeof(float));
     add(params.metric.data(), params.metric.size());
+    for (const auto & [name, value] : params.metric_params) {
+        add(name.data(), name.size());
+        add(&value, sizeof(value));
+    }
     add(&params.sink,   sizeof(params.sink));
     add(&params.recent, sizeof(params.recent));
     add(&params.policy, sizeof(params.policy));
@@ -1913,10 +2352,12 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
     for (llama_seq_id id : ids) {
         const auto & seq = seqs.at(id);
 
+        queries->state_write(io, seq.queries);
+
         const auto n_cells = n_cells_of(seq);
 
         for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
-            for (ggml_tensor * t : { layer.k, layer.v }) {
+            for (ggml_tensor * t : layer.tensors()) {
                 io.write_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
             }
         });
@@ -1964,12 +2405,14 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         }
 
         for (llama_seq_id id : ids) {
+            queries->state_read(io, seqs.at(id).queries);
+
             const auto & seq = seqs.at(id);
 
             const auto n_cells = n_cells_of(seq);
 
             for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
-                for (ggml_tensor * t : { layer.k, layer.v }) {
+                for (ggml_tensor * t : layer.tensors()) {
                     io.read_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
                 }
             });
@@ -2068,6 +2511,8 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
         kv->set_input_n_hidden(self_n_hidden, *ubatch);
     }
 
+    kv->set_input_queries(self_queries, *ubatch);
+
     for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
         if (rot && rot->buffer) {
             llama_kv_cache_lukv::set_input_rot(rot);
@@ -2159,6 +2604,8 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
         ggml_set_name (inp->self_kq_mask, "attn_inp_kq_mask_lukv");
     }
 
+    inp->self_queries = kv->get_queries().build_inputs(ctx, ubatch);
+
     const auto new_rot = [&](uint32_t n, const char * name) {
         ggml_tensor * res = n > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n) : nullptr;
         if (res) {
@@ -2190,6 +2637,10 @@ ggml_tensor * build_attn_lukv(
 
     ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, idxs, il));
     ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
+
+    if (kv->get_queries().active()) {
+        kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il);
+    }
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
     const int64_t  n_gqa     = q_cur->ne[1]/n_head_kv;

@@ -4,6 +4,7 @@
 #include "llama-cparams.h"
 #include "llama-graph.h"
 #include "llama-lukv-params.h"
+#include "llama-lukv-queries.h"
 #include "llama-memory.h"
 
 #include <limits>
@@ -104,8 +105,8 @@ public:
     int64_t  get_n_evictions()  const { return n_evictions; }
     int64_t  get_n_evicted()    const { return n_evicted; } // cells
 
-    // bytes of K and V: allocated, and those of a cache that keeps everything
-    uint64_t size() const { return kv.size(); }
+    // bytes: allocated, for K, V and the metric, and those of a cache that keeps everything
+    uint64_t size() const;
     uint64_t size_stock() const;
 
     // of all sequences together. il is a layer of the model
@@ -176,6 +177,11 @@ public:
     // rows of the tokens of the ubatch, which are the last recent ones: I32 [n_head_kv*n_tokens, n_layer]
     void set_input_idxs(ggml_tensor * dst, const llama_ubatch & ubatch) const;
 
+    // what the metric keeps of the queries
+    const llama_lukv_queries & get_queries() const { return *queries; }
+
+    void set_input_queries(const llama_lukv_queries::graph_inputs & inp, const llama_ubatch & ubatch) const;
+
     // first row and number of cells of each head: I32 [2, n_head_kv, n_seqs, n_layer]
     void set_input_segs(ggml_tensor * dst, const llama_ubatch & ubatch) const;
 
@@ -201,7 +207,14 @@ private:
         ggml_tensor * k; // [n_embd_head_k, n_rows]
         ggml_tensor * v; // [n_embd_head_v, n_rows]
 
+        // of kept cells, nullptr if the metric does not ask for it [1, n_rows]
+        ggml_tensor * norms; // ||v W_O||_1
+        ggml_tensor * past;  // scores of earlier commits
+
         std::vector<kv_pool> pools; // per head
+
+        // all that have a row for each cell
+        std::vector<ggml_tensor *> tensors() const;
     };
 
     struct kv_segment {
@@ -220,6 +233,8 @@ private:
 
         std::vector<llama_pos>  pos_recent; // oldest first, -1 for a hole
         std::vector<kv_segment> segs;       // per head, layer-major
+
+        llama_lukv_queries::seq_state queries;
 
         bool has_holes    = false; // some of the positions are -1
         bool prefill_done = false; // policy prefill: the prompt has been evicted, from now on everything is kept
@@ -281,9 +296,24 @@ private:
     const uint32_t rot_k;
     const uint32_t rot_v;
 
+    const llama_lukv_metric & metric;
+    const llama_lukv_needs    needs; // of the metric
+
     std::vector<layer_ops> ops;
 
     kv_storage kv;
+
+    std::unique_ptr<llama_lukv_queries> queries;
+
+    // W_O of layers where it is stored in a way that only a product with it can read, for a metric that asks for norms
+    // F16 [n_embd_head_v*n_head, n_embd]
+    std::map<int32_t, ggml_tensor *> wo_copies;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_wo;
+
+    bool wo_copied = false;
+
+    // mean rotation of the first n_future positions: what follows them differs by one rotation
+    std::map<llama_lukv_queries::rope_op, std::vector<float>> rotations;
 
     std::unordered_map<int32_t, int32_t> map_layer_ids; // layers of the model to those here
 
@@ -366,6 +396,24 @@ private:
     bool compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows);
     bool compute_moves  (const cell_moves & moves, bool async = false);
 
+    // for the recent cells
+    bool compute_norms(const std::vector<eviction> & evictions);
+
+    void alloc_wo_copies();
+    bool compute_wo_copies();
+
+    // sum of the rotations of n positions from pos on: [n_embd_head, n_embd_head], columns are rotated unit vectors
+    bool compute_rotation(const llama_lukv_queries::rope_op & rope, llama_pos pos, uint32_t n, std::vector<float> & res);
+
+    // mean rotation of the next positions for the queries of a layer, as the rows of a matrix
+    bool compute_future_rotation(int32_t il, llama_pos pos, std::vector<float> & res);
+
+    // head i of a sequence as the metric sees it
+    llama_lukv_scorer get_scorer(ggml_context * ctx, const kv_seq & seq, size_t i, const llama_lukv_queries::seq_view & view) const;
+
+    // a slot for what the metric keeps of its queries
+    void init_queries(kv_seq & seq);
+
     bool end_prefill(kv_seq & seq);
 
     void remove(kv_seq & seq, llama_pos p0, llama_pos p1);
@@ -441,6 +489,8 @@ public:
     ggml_tensor * self_idxs     = nullptr; // I32 [n_head_kv*n_tokens, n_layer]
     ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_seqs, n_layer]
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
+
+    llama_lukv_queries::graph_inputs self_queries;
 
     // where the attention is computed head by head
     llama_seq_id seq_id       = -1;

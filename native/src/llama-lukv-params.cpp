@@ -174,6 +174,51 @@ std::vector<float> interpolate(const std::vector<float> & ratios, const std::vec
     return res;
 }
 
+llama_lukv_metric_params load_metric_params(const lukv_reader & rd, const std::string & name) {
+    const auto * metric = llama_lukv_metric::find(name);
+    if (!metric) {
+        throw std::runtime_error(format("lukv.metric is '%s', but this build knows only: %s", name.c_str(), llama_lukv_metric::names().c_str()));
+    }
+
+    // those in the file are for the metric in the file
+    const bool in_file = !rd.find_override("lukv.metric");
+
+    llama_lukv_metric_params res;
+    for (const auto & param : metric->params) {
+        const std::string key = std::string("lukv.metric.") + param.name;
+
+        res[param.name] = param.value;
+        if (!in_file && !rd.find_override(key.c_str())) {
+            continue;
+        }
+        if (param.integer) {
+            uint32_t value = param.value;
+            rd.get(key.c_str(), value);
+            res[param.name] = value;
+        } else {
+            float value = param.value;
+            rd.get(key.c_str(), value);
+            res[param.name] = value;
+        }
+    }
+    metric->check(res);
+
+    const auto check_known = [&](const std::string & key) {
+        static const std::string prefix = "lukv.metric.";
+        if (key.compare(0, prefix.size(), prefix) == 0 && res.count(key.substr(prefix.size())) == 0) {
+            throw std::runtime_error(format("%s is not a parameter of the metric %s", key.c_str(), name.c_str()));
+        }
+    };
+    for (const auto & [key, _] : rd.ml.kv_overrides) {
+        check_known(key);
+    }
+    for (int64_t i = 0; in_file && i < gguf_get_n_kv(rd.ml.metadata); ++i) {
+        check_known(gguf_get_key(rd.ml.metadata, i));
+    }
+
+    return res;
+}
+
 } // namespace
 
 std::unique_ptr<llama_lukv_params> llama_lukv_params::load(const llama_model_loader & ml, const llama_hparams & hparams) {
@@ -207,9 +252,7 @@ std::unique_ptr<llama_lukv_params> llama_lukv_params::load(const llama_model_loa
         }
 
         rd.get("lukv.metric", res->metric);
-        if (res->metric != "keydiff") {
-            throw std::runtime_error(format("lukv.metric is '%s', but this build knows only: keydiff", res->metric.c_str()));
-        }
+        res->metric_params = load_metric_params(rd, res->metric);
 
         std::string policy = "capacity";
         rd.get("lukv.policy", policy);

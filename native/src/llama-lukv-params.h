@@ -1,5 +1,7 @@
 #pragma once
 
+#include "llama-lukv-metric.h"
+
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -21,7 +23,8 @@ struct llama_lukv_params {
 
     llama_lukv_policy policy = LLAMA_LUKV_POLICY_CAPACITY;
 
-    std::string metric = "keydiff";
+    std::string              metric = "keydiff";
+    llama_lukv_metric_params metric_params;
 
     uint32_t n_layer   = 0;
     uint32_t n_head_kv = 0;

@@ -1,0 +1,523 @@
+#include "llama-lukv-metric.h"
+
+#include "llama-impl.h"
+
+#include "ggml-ragged.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+// above all scores of cells that compete
+static constexpr float SCORE_CHOSEN = 1e30f;
+
+//
+// parts of graphs
+//
+
+static ggml_tensor * to_f32(ggml_context * ctx, ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 ? t : ggml_cast(ctx, t, GGML_TYPE_F32);
+}
+
+// rows as columns: [n0, n1] -> [n1, n0], f32
+static ggml_tensor * transpose(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_cont(ctx, ggml_transpose(ctx, to_f32(ctx, t)));
+}
+
+// sum over the second dimension: [n0, n1, n2] -> [n0, 1, n2]
+// note: an outer product would save the transposed copy, but not all devices have it
+static ggml_tensor * sum_columns(const llama_lukv_scorer & s, ggml_tensor * t) {
+    ggml_tensor * sum = ggml_sum_rows(s.ctx, ggml_cont(s.ctx, ggml_transpose(s.ctx, t)));
+
+    return ggml_reshape_3d(s.ctx, sum, t->ne[0], 1, t->ne[2]);
+}
+
+// mean over the query heads and whatever else is behind the cells: [n_cells, ...] -> [n_cells]
+static ggml_tensor * mean_columns(const llama_lukv_scorer & s, ggml_tensor * t) {
+    const int64_t n = ggml_nelements(t)/t->ne[0];
+
+    ggml_tensor * sum = sum_columns(s, ggml_reshape_2d(s.ctx, t, t->ne[0], n));
+
+    return ggml_reshape_1d(s.ctx, ggml_scale(s.ctx, sum, 1.0f/n), t->ne[0]);
+}
+
+// ||x||^2 of each row: [n, n_rows] -> [1, n_rows]
+static ggml_tensor * squared_norms(const llama_lukv_scorer & s, ggml_tensor * t) {
+    return ggml_sum_rows(s.ctx, ggml_sqr(s.ctx, to_f32(s.ctx, t)));
+}
+
+// the cells in the order of their positions
+static std::vector<int32_t> sorted_cells(const llama_lukv_scorer & s) {
+    std::vector<int32_t> res(s.n_cells());
+    std::iota(res.begin(), res.end(), 0);
+    std::sort(res.begin(), res.end(), [&](int32_t a, int32_t b) { return s.pos[a] < s.pos[b]; });
+
+    return res;
+}
+
+// 0 for cells that compete, -inf for the protected ones at the start, which take no part: [n_cells]
+static ggml_tensor * sink_mask(const llama_lukv_scorer & s) {
+    std::vector<float> res(s.n_cells());
+    for (int64_t i = 0; i < s.n_cells(); ++i) {
+        res[i] = s.is_sink(i) ? -INFINITY : 0.0f;
+    }
+
+    return s.input_f32(res, s.n_cells());
+}
+
+//
+// metrics that look at K or at positions only
+//
+
+static ggml_tensor * build_keydiff(const llama_lukv_scorer & s) {
+    // only the order of the scores matters: neither the length of the normalised keys nor that of their sum does
+    ggml_tensor * k_norm = ggml_rms_norm(s.ctx, to_f32(s.ctx, s.k), 1e-12f);
+    ggml_tensor * k_sum  = sum_columns(s, k_norm);
+
+    return ggml_scale(s.ctx, ggml_mul_mat(s.ctx, k_norm, k_sum), -1.0f/s.k->ne[0]/s.n_cells());
+}
+
+static ggml_tensor * build_knorm(const llama_lukv_scorer & s) {
+    return ggml_scale(s.ctx, ggml_sqrt(s.ctx, squared_norms(s, s.k)), -1.0f);
+}
+
+static ggml_tensor * build_streamingllm(const llama_lukv_scorer & s) {
+    return s.input_f32(std::vector<float>(s.pos.begin(), s.pos.end()), s.n_cells());
+}
+
+// the finalizer of MurmurHash3
+static uint32_t hash_mix(uint32_t x) {
+    x = (x ^ (x >> 16))*0x85ebca6bu;
+    x = (x ^ (x >> 13))*0xc2b2ae35u;
+
+    return x ^ (x >> 16);
+}
+
+static ggml_tensor * build_random(const llama_lukv_scorer & s) {
+    std::vector<float> res;
+    for (llama_pos pos : s.pos) {
+        uint32_t x = s.params.at("seed");
+        for (uint32_t number : { s.il, s.ih, (uint32_t) pos }) {
+            x = hash_mix(hash_mix(x) + number);
+        }
+        res.push_back((x >> 8)*0x1p-24f);
+    }
+
+    return s.input_f32(res, s.n_cells());
+}
+
+static ggml_tensor * build_curdkv(const llama_lukv_scorer & s) {
+    const int64_t n     = s.n_cells();
+    const int64_t block = s.params.at("block") > 0 ? s.params.at("block") : n;
+    const int64_t n_pad = (n + block - 1)/block*block;
+
+    // neighbours share a block
+    const auto order = sorted_cells(s);
+
+    std::vector<int32_t> places(n);
+    for (int64_t i = 0; i < n; ++i) {
+        places[order[i]] = i;
+    }
+    ggml_tensor * sorted   = s.input_i32(order,  n);
+    ggml_tensor * original = s.input_i32(places, n);
+
+    const auto shares = [&](ggml_tensor * t) {
+        ggml_tensor * cur = ggml_get_rows(s.ctx, squared_norms(s, t), sorted);
+
+        cur = ggml_reshape_1d(s.ctx, cur, n);
+        if (n_pad > n) {
+            cur = ggml_pad(s.ctx, cur, n_pad - n, 0, 0, 0);
+        }
+        cur = ggml_reshape_2d(s.ctx, cur, block, n_pad/block);
+        cur = ggml_div(s.ctx, cur, ggml_sum_rows(s.ctx, cur));
+
+        return ggml_get_rows(s.ctx, ggml_reshape_2d(s.ctx, cur, 1, n_pad), original);
+    };
+
+    return ggml_mul(s.ctx, shares(s.k), shares(s.v));
+}
+
+//
+// metrics on the attention of the last queries
+//
+
+// [n_cells, n_queries, n_gqa]
+static ggml_tensor * build_window_attention(const llama_lukv_scorer & s) {
+    const int64_t n   = s.n_cells();
+    const int64_t n_q = s.pos_q.size();
+
+    ggml_tensor * q  = ggml_cont(s.ctx, ggml_permute(s.ctx, s.q, 0, 2, 1, 3));
+    ggml_tensor * kq = ggml_mul_mat(s.ctx, s.k, ggml_reshape_2d(s.ctx, q, q->ne[0], n_q*s.n_gqa));
+
+    float scale = s.kq_scale;
+    if (s.soft_cap > 0.0f) {
+        kq    = ggml_scale(s.ctx, ggml_tanh(s.ctx, ggml_scale(s.ctx, kq, scale/s.soft_cap)), s.soft_cap);
+        scale = 1.0f;
+    }
+
+    std::vector<float> mask(n*n_q);
+    for (int64_t i = 0; i < n_q; ++i) {
+        const auto first = mask.begin() + i*n;
+
+        std::transform(s.pos.begin(), s.pos.end(), first, [&](llama_pos pos) { return pos > s.pos_q[i] ? -INFINITY : 0.0f; });
+
+        // sees all where it can see none
+        if (std::all_of(first, first + n, [](float x) { return x < 0.0f; })) {
+            std::fill(first, first + n, 0.0f);
+        }
+    }
+
+    return ggml_soft_max_ext(s.ctx, ggml_reshape_3d(s.ctx, kq, n, n_q, s.n_gqa), s.input_f32(mask, n), scale, 0.0f);
+}
+
+// seen    - what the window says about each cell, nullptr for nothing [n_cells]
+// ceiling - what no element of it exceeds
+static ggml_tensor * build_window_scores(const llama_lukv_scorer & s, ggml_tensor * seen, float ceiling) {
+    const int64_t n      = s.n_cells();
+    const int64_t kernel = s.params.at("kernel");
+    const int64_t window = s.params.at("window");
+
+    const auto order = sorted_cells(s);
+
+    // the window itself stays, the latest first
+    std::vector<float> newness(n);
+
+    int64_t n_out = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const llama_pos age = s.pos_max - s.pos[i];
+        if (age < window) {
+            newness[i] = ceiling + (1.0f - float(age)/window);
+        } else {
+            n_out++;
+        }
+    }
+    ggml_tensor * res = s.input_f32(newness, n);
+
+    if (!seen || n_out == 0) {
+        return s.past ? ggml_add(s.ctx, s.past, res) : res;
+    }
+
+    // neighbours of each cell outside the window. n is a zero that stands for those that it does not have
+    std::vector<int32_t> neighbours(kernel*n, n);
+    for (int64_t i = 0; i < n_out; ++i) {
+        for (int64_t j = std::max<int64_t>(i - kernel/2, 0); j <= std::min(i + kernel/2, n_out - 1); ++j) {
+            neighbours[kernel*order[i] + j - i + kernel/2] = order[j];
+        }
+    }
+
+    ggml_tensor * cur = ggml_reshape_2d(s.ctx, ggml_pad(s.ctx, seen, 1, 0, 0, 0), 1, n + 1);
+    cur = ggml_get_rows(s.ctx, cur, s.input_i32(neighbours, kernel*n));
+    cur = ggml_sum_rows(s.ctx, ggml_reshape_2d(s.ctx, cur, kernel, n));
+    cur = ggml_scale(s.ctx, ggml_reshape_1d(s.ctx, cur, n), 1.0f/kernel);
+
+    // the larger of both
+    if (s.past) {
+        cur = ggml_add(s.ctx, s.past, ggml_relu(s.ctx, ggml_sub(s.ctx, cur, s.past)));
+        s.set_past(cur);
+    }
+
+    return ggml_add(s.ctx, cur, res);
+}
+
+static ggml_tensor * build_snapkv(const llama_lukv_scorer & s) {
+    return build_window_scores(s, s.q ? mean_columns(s, build_window_attention(s)) : nullptr, 1.0f);
+}
+
+static ggml_tensor * build_cake(const llama_lukv_scorer & s) {
+    const float   gamma = s.params.at("gamma");
+    const int64_t n_q   = s.pos_q.size();
+
+    ggml_tensor * seen = nullptr;
+    if (s.q) {
+        ggml_tensor * attention = build_window_attention(s);
+        ggml_tensor * mean      = ggml_scale(s.ctx, sum_columns(s, attention), 1.0f/n_q); // [n_cells, 1, n_gqa]
+
+        seen = mean;
+        if (n_q > 1) {
+            ggml_tensor * diff = ggml_sub(s.ctx, attention, mean);
+            ggml_tensor * var  = ggml_scale(s.ctx, sum_columns(s, ggml_sqr(s.ctx, diff)), gamma/(n_q - 1));
+
+            seen = ggml_add(s.ctx, mean, var);
+        }
+        seen = mean_columns(s, seen);
+    }
+
+    return build_window_scores(s, seen, 1.0f + 0.5f*gamma);
+}
+
+//
+// metrics on the statistics of all queries
+//
+
+static ggml_tensor * build_expectedattention(const llama_lukv_scorer & s) {
+    const int64_t n = s.n_cells();
+    const int64_t d = s.k->ne[0];
+
+    ggml_tensor * k = to_f32(s.ctx, s.k);
+
+    ggml_tensor * logits = ggml_scale(s.ctx, ggml_mul_mat(s.ctx, k, s.q_mean), s.kq_scale); // [n_cells, n_gqa]
+
+    if (s.q_cov) {
+        // k C k, the sum over its last factor at the end
+        ggml_tensor * cur = ggml_mul_mat(s.ctx, k, ggml_reshape_2d(s.ctx, s.q_cov, d, d*s.n_gqa));
+
+        cur = ggml_mul(s.ctx, ggml_reshape_3d(s.ctx, cur, n, d, s.n_gqa), transpose(s.ctx, k));
+        cur = ggml_reshape_2d(s.ctx, sum_columns(s, cur), n, s.n_gqa);
+
+        logits = ggml_add(s.ctx, logits, ggml_scale(s.ctx, cur, 0.5f*s.kq_scale*s.kq_scale));
+    }
+
+    ggml_tensor * res = mean_columns(s, ggml_soft_max(s.ctx, ggml_add(s.ctx, logits, sink_mask(s))));
+
+    if (s.params.at("vnorm") > 0) {
+        ggml_tensor * norms = ggml_reshape_1d(s.ctx, ggml_sqrt(s.ctx, squared_norms(s, s.v)), n);
+
+        res = ggml_mul(s.ctx, ggml_scale_bias(s.ctx, res, 1.0f, s.params.at("epsilon")), norms);
+    }
+
+    return res;
+}
+
+// inverses of symmetric positive definite matrices, by Cholesky's decomposition in double precision
+static void op_invert(ggml_tensor * dst, const ggml_tensor * a, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+
+    const int64_t n = a->ne[0];
+
+    std::vector<double> l(n*n);
+    std::vector<double> x(n);
+
+    for (int64_t m = ith; m < a->ne[2]; m += nth) {
+        const float * src = (const float *) a->data + m*n*n;
+        float       * res = (float *) dst->data + m*n*n;
+
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t j = 0; j <= i; ++j) {
+                double sum = src[i*n + j];
+                for (int64_t k = 0; k < j; ++k) {
+                    sum -= l[i*n + k]*l[j*n + k];
+                }
+                l[i*n + j] = i == j ? std::sqrt(std::max(sum, 1e-12)) : sum/l[j*n + j];
+            }
+        }
+        for (int64_t c = 0; c < n; ++c) {
+            for (int64_t i = 0; i < n; ++i) {
+                double sum = i == c ? 1.0 : 0.0;
+                for (int64_t k = 0; k < i; ++k) {
+                    sum -= l[i*n + k]*x[k];
+                }
+                x[i] = sum/l[i*n + i];
+            }
+            for (int64_t i = n - 1; i >= 0; --i) {
+                double sum = x[i];
+                for (int64_t k = i + 1; k < n; ++k) {
+                    sum -= l[k*n + i]*x[k];
+                }
+                x[i] = sum/l[i*n + i];
+
+                res[c*n + i] = x[i];
+            }
+        }
+    }
+}
+
+static ggml_tensor * build_capkv(const llama_lukv_scorer & s) {
+    const int64_t n     = s.n_cells();
+    const int64_t n_gqa = s.n_gqa;
+    const int64_t d     = s.v->ne[0];
+
+    // weights, relative to the largest one of each query head: [n_cells, 1, n_gqa]
+    ggml_tensor * cosines = ggml_mul_mat(s.ctx, ggml_l2_norm(s.ctx, to_f32(s.ctx, s.k), 1e-12f), ggml_l2_norm(s.ctx, s.q_mean, 1e-12f));
+    cosines = ggml_add(s.ctx, cosines, sink_mask(s));
+
+    ggml_tensor * largest = ggml_get_rows(s.ctx, ggml_reshape_3d(s.ctx, cosines, 1, n, n_gqa),
+            ggml_reshape_2d(s.ctx, ggml_argmax(s.ctx, cosines), 1, n_gqa));
+
+    ggml_tensor * w = ggml_sub(s.ctx, ggml_reshape_3d(s.ctx, cosines, n, 1, n_gqa), largest);
+    w = ggml_exp(s.ctx, ggml_scale(s.ctx, w, s.params.at("tau")));
+
+    std::vector<float> epsilon(n);
+    for (int64_t i = 0; i < n; ++i) {
+        epsilon[i] = s.is_sink(i) ? 0.0f : s.params.at("epsilon");
+    }
+
+    // capacity: 1 + sum of w v v
+    ggml_tensor * v  = to_f32(s.ctx, s.v);
+    ggml_tensor * vt = transpose(s.ctx, v);
+
+    ggml_tensor * vw = ggml_mul(s.ctx, ggml_repeat_4d(s.ctx, vt, n, d, n_gqa, 1), ggml_add(s.ctx, w, s.input_f32(epsilon, n)));
+
+    std::vector<float> identity(d*d);
+    for (int64_t i = 0; i < d; ++i) {
+        identity[i*d + i] = 1.0f;
+    }
+    ggml_tensor * capacity = ggml_add(s.ctx, ggml_mul_mat(s.ctx, vt, vw), s.input_f32(identity, d));
+
+    // leverage: w v A^-1 v
+    ggml_tensor * inverse = ggml_map_custom1(s.ctx, capacity, op_invert, GGML_N_TASKS_MAX, nullptr);
+
+    ggml_tensor * cur = ggml_mul_mat(s.ctx, v, ggml_reshape_2d(s.ctx, inverse, d, d*n_gqa));
+    cur = sum_columns(s, ggml_mul(s.ctx, ggml_reshape_3d(s.ctx, cur, n, d, n_gqa), vt));
+
+    return mean_columns(s, ggml_mul(s.ctx, cur, w));
+}
+
+//
+// wrapper
+//
+
+// one half of the budget for the best cells by another metric, the other half by its score times ||v W_O||_1
+static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores) {
+    const int64_t n       = s.n_cells();
+    const int32_t n_first = s.n_keep/2;
+
+    scores = ggml_reshape_2d(s.ctx, scores, 1, n);
+
+    ggml_tensor * product = ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms);
+
+    if (n_first == 0) {
+        return product;
+    }
+    if (!s.prot.empty()) {
+        scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, scores), s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1),
+                s.input_i32(s.prot, s.prot.size()));
+    }
+
+    const int32_t n_rest = n - n_first;
+
+    ggml_tensor * rest = ggml_bottom_k_ragged(s.ctx, scores, s.input_i32({ 0, (int32_t) n, n_rest }, 3), n_rest);
+    rest = ggml_reshape_1d(s.ctx, rest, n_rest);
+
+    ggml_tensor * res = ggml_dup(s.ctx, s.input_f32(std::vector<float>(n, SCORE_CHOSEN), 1));
+
+    return ggml_set_rows(s.ctx, res, ggml_get_rows(s.ctx, product, rest), rest);
+}
+
+//
+// registry
+//
+
+using metric_params = llama_lukv_metric_params;
+
+static llama_lukv_needs needs_nothing(const metric_params &) {
+    return {};
+}
+
+static llama_lukv_needs needs_window(const metric_params & values) {
+    llama_lukv_needs res;
+    res.n_window = values.at("window");
+    res.past     = values.at("carry") > 0;
+    return res;
+}
+
+static llama_lukv_needs needs_queries(const metric_params & values) {
+    const auto covariance = values.find("covariance");
+
+    llama_lukv_needs res;
+    res.n_future = values.at("future");
+    res.q_cov    = covariance != values.end() && covariance->second > 0;
+    return res;
+}
+
+static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
+    llama_lukv_metric res = base;
+
+    res.name = "criticalkv-" + base.name;
+    res.params.clear();
+    for (auto param : base.params) {
+        const std::string name = param.name;
+        if (name == "epsilon") {
+            continue;
+        }
+        // the norm behind W_O takes the place of that of the value
+        if (name == "vnorm") {
+            param.value = 0;
+        }
+        res.params.push_back(param);
+    }
+    res.params.push_back({ "epsilon", false, 1e-4, 0 });
+
+    res.needs_of = [base](const metric_params & values) {
+        auto needs = base.needs(values);
+        needs.out_norms = true;
+        return needs;
+    };
+    res.build_scores = [base](const llama_lukv_scorer & s) {
+        llama_lukv_scorer inner = s;
+        for (const auto & param : base.params) {
+            if (std::string(param.name) == "epsilon") {
+                inner.params["epsilon"] = param.value;
+            }
+        }
+        return build_criticalkv(s, base.build(inner));
+    };
+
+    return res;
+}
+
+static std::vector<llama_lukv_metric> make_metrics() {
+    const llama_lukv_metric::param window = { "window", true, 32, 1 };
+    const llama_lukv_metric::param kernel = { "kernel", true,  5, 1 };
+    const llama_lukv_metric::param carry  = { "carry",  true,  0, 0 };
+    const llama_lukv_metric::param future = { "future", true, 512, 1 };
+
+    const llama_lukv_metric snapkv = { "snapkv", { window, kernel, carry }, needs_window, build_snapkv };
+    const llama_lukv_metric cake   = { "cake", { { "window", true, 32, 2 }, kernel, carry, { "gamma", false, 200.0, 0 } }, needs_window, build_cake };
+    const llama_lukv_metric expected = { "expectedattention",
+        { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } }, needs_queries, build_expectedattention };
+
+    return {
+        cake,
+        { "capkv", { { "tau", false, 5.0, 0 }, future, { "epsilon", false, 1e-6, 0 } }, needs_queries, build_capkv },
+        wrap_criticalkv(cake),
+        wrap_criticalkv(expected),
+        wrap_criticalkv(snapkv),
+        { "curdkv", { { "block", true, 16, 0 } }, needs_nothing, build_curdkv },
+        expected,
+        { "keydiff",      {}, needs_nothing, build_keydiff },
+        { "knorm",        {}, needs_nothing, build_knorm },
+        { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random },
+        snapkv,
+        { "streamingllm", {}, needs_nothing, build_streamingllm },
+    };
+}
+
+static const std::vector<llama_lukv_metric> & all_metrics() {
+    static const std::vector<llama_lukv_metric> res = make_metrics();
+
+    return res;
+}
+
+const llama_lukv_metric * llama_lukv_metric::find(const std::string & name) {
+    for (const auto & metric : all_metrics()) {
+        if (metric.name == name) {
+            return &metric;
+        }
+    }
+    return nullptr;
+}
+
+std::string llama_lukv_metric::names() {
+    std::string res;
+    for (const auto & metric : all_metrics()) {
+        res += (res.empty() ? "" : ", ") + metric.name;
+    }
+    return res;
+}
+
+void llama_lukv_metric::check(const llama_lukv_metric_params & values) const {
+    for (const auto & param : params) {
+        const double value = values.at(param.name);
+
+        if (!(value >= param.least && value < 2147483648.0)) {
+            throw std::runtime_error(format("lukv.metric.%s is %g, but must be at least %g", param.name, value, param.least));
+        }
+        if (std::string(param.name) == "kernel" && int64_t(value) % 2 == 0) {
+            throw std::runtime_error(format("lukv.metric.kernel is %g, but must be odd", value));
+        }
+    }
+}
+

@@ -1,0 +1,89 @@
+"""What scoring costs while a long prompt is read: the share of the time that commits take, for each metric.
+
+    python scripts/bench_metrics.py MODEL.gguf [--tokens 8192] [--ratio 0.2] [--metric snapkv]
+
+Uniform budgets, f16 K and V. "select" is the computation of the scores (with the norms behind W_O) and the selection, "move"
+that of the surviving cells. What a metric keeps of the queries is computed with the model: it is in the time of the prompt.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import time
+from pathlib import Path
+
+import click
+import llama_cpp
+import numpy as np
+
+from lukv_gguf import metrics, runtime
+from lukv_gguf.calibration import load_default
+
+_COMMIT = re.compile(r"recent cells, selection ([\d.]+) ms, moves ([\d.]+) ms")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--metric", "names", multiple=True, metavar="NAME[:PARAM=VALUE]…",
+              help="May be given again.  [default: all]")
+@click.option("--tokens", "n_tokens", default=8192, show_default=True)
+@click.option("--ratio", default=0.2, show_default=True)
+@click.option("--ubatch", "n_ubatch", default=512, show_default=True)
+@click.option("--threads", "n_threads", default=2, show_default=True)
+def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: int, n_threads: int) -> None:
+    """Print one JSON object for each metric."""
+    commits: list[tuple[float, float]] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        if found := _COMMIT.search(text.decode(errors="replace")):
+            commits.append((float(found[1]), float(found[2])))
+
+    for text in names or [name for name in metrics.names() if metrics.get(name).native]:
+        metric = metrics.parse(text)
+        llama = llama_cpp.Llama(
+            model_path=str(model),
+            kv_overrides={
+                "lukv.ratio": ratio,
+                "lukv.metric": metric.name,
+                **{f"lukv.metric.{name}": value for name, value in metric.params.items()},
+            },
+            n_ctx=n_tokens,
+            n_batch=n_ubatch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            flash_attn=True,
+            verbose=False,
+        )
+        llama_cpp.llama_log_set(log, None)
+        tokens = np.resize(llama.tokenize(load_default()[0].encode()), n_tokens - 1).tolist()
+        llama.eval(tokens[:n_ubatch])  # not timed: pages and caches
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        commits.clear()
+        started = time.perf_counter()
+        llama.eval(tokens)
+        seconds = time.perf_counter() - started
+        select, move = (sum(times) / 1000.0 for times in zip(*commits))
+        click.echo(
+            json.dumps(
+                {
+                    "metric": text,
+                    "tokens": len(tokens),
+                    "seconds": round(seconds, 2),
+                    "commits": len(commits),
+                    "select": round(select, 2),
+                    "move": round(move, 2),
+                    "select share": round(select / seconds, 4),
+                    "MiB": round(runtime.usage(llama).bytes / 2**20, 2),
+                }
+            )
+        )
+        llama.close()
+
+
+if __name__ == "__main__":
+    main()
