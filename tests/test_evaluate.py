@@ -6,6 +6,7 @@ import html.parser
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lukv_gguf.evaluate.methods import Cell, Method, TableFile, Tables, grid, ta
 from lukv_gguf.evaluate.results import summarise
 from lukv_gguf.evaluate.session import Model, Options
 from lukv_gguf.evaluate.store import KEY, Store
-from lukv_gguf.profile_file import GRID_RATIOS, Profile, save_profiles
+from lukv_gguf.profile_file import GRID_RATIOS, Profile, choose_profile, save_profiles
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 N_LAYER, N_HEAD_KV = 3, 2
@@ -217,6 +218,15 @@ class TestCommand:
         monkeypatch.setattr("lukv_gguf.runtime.enabled", lambda _: False)
         result = run(model, "--methods", "uniform", "--lengths", 1100, "-n", 1, "-o", tmp_path / "out")
         assert_error(result, "does not support")
+
+
+    def test_a_metric_that_does_not_run_natively(self, model: Path, profile: Path, tmp_path: Path) -> None:
+        other = replace(choose_profile(profile, "keydiff"), metric="nothing")
+        save_profiles(tmp_path / "other.npz", {"nothing": other})
+        result = run(
+            model, "--profile", tmp_path / "other.npz", "--lengths", 1100, "-n", 1, "--tasks", "niah_single_2", "-o", tmp_path
+        )
+        assert_error(result, "nothing", "lukv-gguf metrics")
 
 
 class TestSession:

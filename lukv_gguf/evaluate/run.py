@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate import lm
 from lukv_gguf.evaluate.methods import Cell, TableFile, Tables, table_key
 from lukv_gguf.evaluate.session import Model, Options, Session, State
@@ -172,7 +173,13 @@ class _Run:
         if table is None:
             return Model(self._model, cell.overrides(), self._plan.options)
         self._table_file.select(table)
-        return Model(self._table_file.path, cell.overrides(), self._plan.options)
+        try:
+            return Model(self._table_file.path, cell.overrides(), self._plan.options)
+        except LukvError:
+            raise LukvError(
+                f"llama.cpp does not load {self._model} with a table for {cell.metric}; "
+                "`lukv-gguf metrics` lists the metrics that run natively"
+            ) from None
 
     def _ask(self, model: Model, cell: Cell, sample: Sample, prompt: Prompt) -> None:
         n_ctx = len(prompt.prefix) + max(map(len, prompt.suffixes)) + sample.n_answer
