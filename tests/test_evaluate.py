@@ -479,3 +479,25 @@ def test_model_key_sees_through_tables(model: Path, profile: Path, tmp_path: Pat
         == run_module.model_key(model)
         != run_module.model_key(tmp_path / "other.gguf")
     )
+
+
+def test_variants_of_a_profile_keep_the_ratio(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    query_budget = rng.dirichlet(np.ones(N_LAYER * N_HEAD_KV), (5, 99)).reshape(5, 99, N_LAYER, N_HEAD_KV)
+    query_budget = np.minimum(1.0, query_budget * GRID_RATIOS[:, None, None] * N_LAYER * N_HEAD_KV)
+    flat = np.broadcast_to(GRID_RATIOS[:, None, None], (99, N_LAYER, N_HEAD_KV))
+    marginal = -np.sort(-rng.random((N_LAYER, N_HEAD_KV, 300)).astype(np.float32) ** 3, axis=-1)
+    marginal[0] *= 5  # the first layer matters most
+    made = Profile(
+        "keydiff", {}, 4, 16, GRID_RATIOS, flat, np.zeros((N_LAYER, N_HEAD_KV)), {},
+        marginal=marginal, query_budget=query_budget.astype(np.float32),
+    )  # fmt: skip
+    save_profiles(tmp_path / "p.npz", {"keydiff": made})
+    script = Path(__file__).parent.parent / "scripts" / "ablate_profile.py"
+    subprocess.run([sys.executable, script, tmp_path / "p.npz", "-o", tmp_path], check=True, capture_output=True)
+    for name in ("curves", "q75", "q90"):
+        budget = choose_profile(tmp_path / f"{name}.npz", None).budget
+        np.testing.assert_allclose(budget.mean(axis=(1, 2)), GRID_RATIOS, atol=2e-3)
+        assert budget[19].std() > 0.01
+    curves = choose_profile(tmp_path / "curves.npz", None).budget
+    assert curves[19, 0].min() > curves[19, 1:].max()
