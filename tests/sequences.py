@@ -24,17 +24,20 @@ class Context:
         kv_type: int = 0,
         flash_attn: bool = True,
         unified: bool = True,
+        n_gpu_layers: int = 0,
     ) -> None:
         # the binding makes the array of overrides for us
         self._loader = llama_cpp.Llama(
-            model_path=str(path), kv_overrides=dict(overrides or {}), n_ctx=64, n_batch=64, verbose=False, n_threads=1
-        )
+            model_path=str(path), kv_overrides=dict(overrides or {}), n_ctx=64, n_batch=64, verbose=False, n_threads=1,
+            n_gpu_layers=n_gpu_layers,
+        )  # fmt: skip
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ctx, n_ubatch
         params.n_seq_max, params.kv_unified = n_seq_max, unified
         params.n_threads = params.n_threads_batch = 1
         params.type_k = params.type_v = kv_type
         params.flash_attn_type = 1 if flash_attn else 0
+        params.op_offload = n_gpu_layers > 0
         self.ctx = llama_cpp.llama_init_from_model(self._loader.model, params)
         assert self.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)

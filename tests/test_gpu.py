@@ -11,6 +11,7 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the weights are f32, and t
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from sequences import Context
 from test_native import F16, F32, feed, load, metadata, nmse, random_tokens, uneven_budget
 from tiny_gguf import write_tiny
 
@@ -90,6 +91,22 @@ def test_head_by_head_agrees_with_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"n_gpu_layers": 2}, {"offload_kqv": False}], ids=["half the layers", "no KV offload"])
 def test_split_placement_agrees_with_cpu(tmp_path: Path, options: dict) -> None:
     assert_agrees(make(tmp_path, 64), F16, flash_attn=True, **options)
+
+
+@pytest.mark.parametrize("kv_type", [F16, F32], ids=["one op", "head by head"])
+def test_sequences_agree_with_cpu(tmp_path: Path, kv_type: int) -> None:
+    """Sequences of different lengths, generating together: one launch serves all of them."""
+    path = make(tmp_path, 64)
+
+    def logits(n_gpu_layers: int) -> np.ndarray:
+        with Context(path, n_ctx=512, n_seq_max=3, kv_type=kv_type, n_gpu_layers=n_gpu_layers) as context:
+            result = [context.decode({i: random_tokens(n, seed=i)})[i] for i, n in enumerate([20, 90, 50])]
+            for step in range(30):
+                result += context.decode({i: random_tokens(1, seed=100 * step + i) for i in range(3)}).values()
+            return np.concatenate(result)
+
+    cpu, gpu = logits(0), logits(99)
+    assert nmse(gpu, cpu) < 1e-3, nmse(gpu, cpu)
 
 
 def graph_splits(path: Path, overrides: dict | None, capfd: pytest.CaptureFixture) -> list[str]:
