@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="tests to run, by their names in ctest")
     parser.add_argument("--memory", action="store_true", help="only the tests that exercise the cache")
+    parser.add_argument("--verbose", action="store_true", help="show what passing tests print, too")
     arguments = parser.parse_args()
     import llama_cpp
 
@@ -102,7 +103,8 @@ def main() -> None:
         if built.returncode:
             fail(f"the tests cannot be built:\n{built.stdout[-4000:]}")
         pattern = "^(" + "|".join(map(re.escape, chosen)) + ")$"
-        command = [programs / "ctest", "--test-dir", build, "--output-on-failure", "--timeout", 1200, "-R", pattern]
+        command = [programs / "ctest", "--test-dir", build, "--timeout", 1200, "-R", pattern]
+        command += ["--verbose" if arguments.verbose else "--output-on-failure"]
         sys.exit(run(command).returncode)
 
 
