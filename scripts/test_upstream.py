@@ -28,9 +28,9 @@ MEMORY = (
     "lukv-save-load-state-all", "lukv-thread-safety", "lukv-state-restore-fragmented",
 )  # fmt: skip
 FIXTURES = ("test-generate-models", "lukv-tables")  # models that others need
-DOWNLOADING = {  # a model; some of them run on a random one instead, and are called plain-*
+DOWNLOADING = {  # a model, or asking a web site; some run on a random model instead, and are called plain-*
     "test-tokenizers-ggml-vocabs", "test-download-model", "test-thread-safety", "test-state-restore-fragmented",
-    "test-autorelease", "test-model-load-cancel", "test-backend-sampler",
+    "test-autorelease", "test-model-load-cancel", "test-backend-sampler", "test-arg-parser",
 }  # fmt: skip
 
 
