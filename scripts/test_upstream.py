@@ -28,9 +28,9 @@ MEMORY = (
     "lukv-save-load-state-all", "lukv-thread-safety", "lukv-state-restore-fragmented",
 )  # fmt: skip
 FIXTURES = ("test-generate-models", "lukv-tables")  # models that others need
-DOWNLOADING = {  # a model; some of them run on a random one instead, and are called plain-*
+DOWNLOADING = {  # a model, or asking a web site; some run on a random model instead, and are called plain-*
     "test-tokenizers-ggml-vocabs", "test-download-model", "test-thread-safety", "test-state-restore-fragmented",
-    "test-autorelease", "test-model-load-cancel", "test-backend-sampler",
+    "test-autorelease", "test-model-load-cancel", "test-backend-sampler", "test-arg-parser",
 }  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="tests to run, by their names in ctest")
     parser.add_argument("--memory", action="store_true", help="only the tests that exercise the cache")
+    parser.add_argument("--verbose", action="store_true", help="show what passing tests print, too")
     arguments = parser.parse_args()
     import llama_cpp
 
@@ -102,7 +103,8 @@ def main() -> None:
         if built.returncode:
             fail(f"the tests cannot be built:\n{built.stdout[-4000:]}")
         pattern = "^(" + "|".join(map(re.escape, chosen)) + ")$"
-        command = [programs / "ctest", "--test-dir", build, "--output-on-failure", "--timeout", 1200, "-R", pattern]
+        command = [programs / "ctest", "--test-dir", build, "--timeout", 1200, "-R", pattern]
+        command += ["--verbose" if arguments.verbose else "--output-on-failure"]
         sys.exit(run(command).returncode)
 
 
