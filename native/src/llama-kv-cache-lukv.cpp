@@ -2713,6 +2713,11 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
             return format("the architecture %s is not supported yet", llm_arch_name(model.arch));
     }
 
+    // between RoPE and the attention the queries of this one are normalised or scaled: their statistics would miss that
+    if (model.arch == LLM_ARCH_LLAMA4 && llama_lukv_metric::find(model.lukv->metric)->needs(model.lukv->metric_params).n_future > 0) {
+        return format("the metric %s is not supported for the architecture %s yet", model.lukv->metric.c_str(), llm_arch_name(model.arch));
+    }
+
     if (hparams.use_alibi || hparams.n_pos_per_embd() > 1 || hparams.n_layer_nextn > 0 || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "this kind of model or context is not supported";
     }
