@@ -285,6 +285,9 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
 
+    ggml_tensor * x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N_RECENT_PAD, N_RECENT_PAD);
+    res.out_prod = ggml_backend_dev_supports_op(dev, ggml_out_prod(ctx.get(), x, x));
+
     // long ubatches: stock's attention on the CPU works on tiles of queries
     if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
         res.n_tokens_attn = N_UBATCH_DECODE;
@@ -1714,6 +1717,8 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     const uint32_t ih = i%params.n_head_kv;
 
     llama_lukv_scorer res;
+
+    res.use_out_prod = ops[i/params.n_head_kv].out_prod;
 
     res.ctx     = ctx;
     res.params  = params.metric_params;
