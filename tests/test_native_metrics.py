@@ -257,7 +257,7 @@ def test_another_metric_by_an_override(tiny: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake"])
-@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "cohere2", "gpt-oss"])
 def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
     """Only the other layers keep anything for the metric; a full cache gives stock's logits, a small one finite ones."""
     tiny = write_tiny(tmp_path / "tiny.gguf", arch, n_layer=4, n_head=4, d_head=64, n_vocab=N_VOCAB)
@@ -269,3 +269,11 @@ def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
     bounded = load(path)
     assert np.isfinite(feed(bounded, tokens)).all() and np.isfinite(feed(bounded, tokens[:9])).all()
     assert runtime.usage(bounded).evictions > 0
+
+
+def test_queries_of_llama4_have_no_statistics(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", "llama4", n_layer=4, n_head=4, d_head=64).path
+    options = {"lukv.ratio": 0.5, "lukv.metric": "expectedattention"}
+    assert not runtime.enabled(load(path, options, verbose=True))
+    assert "LU-KV is off, the KV cache has its full size: the metric expectedattention is not" in capfd.readouterr().err
+    assert runtime.enabled(load(path, {**options, "lukv.metric": "snapkv"}))

@@ -43,7 +43,7 @@ class CriticalKV(Metric):
         super().__init__(**params)
         of_base = {name: self.params[name] for name in base.defaults if name != "epsilon"}
         self._base = base(**of_base)
-        self.summary = f"{base.name}, and half of it times what a value does to the output"  # type: ignore[misc]
+        self.summary = f"what {base.name} chooses, one half of it weighed by what a value does to the output"  # type: ignore[misc]
 
     @property
     def needs(self) -> Needs:

@@ -285,6 +285,9 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
 
+    ggml_tensor * x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N_RECENT_PAD, N_RECENT_PAD);
+    res.out_prod = ggml_backend_dev_supports_op(dev, ggml_out_prod(ctx.get(), x, x));
+
     // long ubatches: stock's attention on the CPU works on tiles of queries
     if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
         res.n_tokens_attn = N_UBATCH_DECODE;
@@ -1715,6 +1718,8 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
 
     llama_lukv_scorer res;
 
+    res.use_out_prod = ops[i/params.n_head_kv].out_prod;
+
     res.ctx     = ctx;
     res.params  = params.metric_params;
     res.il      = layer.il;
@@ -2711,6 +2716,11 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
             break;
         default:
             return format("the architecture %s is not supported yet", llm_arch_name(model.arch));
+    }
+
+    // between RoPE and the attention the queries of this one are normalised or scaled: their statistics would miss that
+    if (model.arch == LLM_ARCH_LLAMA4 && llama_lukv_metric::find(model.lukv->metric)->needs(model.lukv->metric_params).n_future > 0) {
+        return format("the metric %s is not supported for the architecture %s yet", model.lukv->metric.c_str(), llm_arch_name(model.arch));
     }
 
     if (hparams.use_alibi || hparams.n_pos_per_embd() > 1 || hparams.n_layer_nextn > 0 || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {

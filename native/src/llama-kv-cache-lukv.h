@@ -273,6 +273,8 @@ private:
         bool score  = false;
         bool select = false;
 
+        bool out_prod = false; // of f32
+
         uint32_t n_tokens_attn = std::numeric_limits<uint32_t>::max(); // per ubatch, at most
     };
 

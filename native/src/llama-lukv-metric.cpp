@@ -28,8 +28,14 @@ static ggml_tensor * transpose(ggml_context * ctx, ggml_tensor * t) {
 }
 
 // sum over the second dimension: [n0, n1, n2] -> [n0, 1, n2]
-// note: an outer product would save the transposed copy, but not all devices have it
 static ggml_tensor * sum_columns(const llama_lukv_scorer & s, ggml_tensor * t) {
+    // saves the transposed copy
+    if (s.use_out_prod) {
+        ggml_tensor * ones = s.input_f32(std::vector<float>(t->ne[1]*t->ne[2], 1.0f), 1);
+
+        return ggml_out_prod(s.ctx, t, ggml_reshape_3d(s.ctx, ones, 1, t->ne[1], t->ne[2]));
+    }
+
     ggml_tensor * sum = ggml_sum_rows(s.ctx, ggml_cont(s.ctx, ggml_transpose(s.ctx, t)));
 
     return ggml_reshape_3d(s.ctx, sum, t->ne[0], 1, t->ne[2]);

@@ -70,6 +70,8 @@ struct llama_lukv_scorer {
 
     uint32_t n_gqa = 1;
 
+    bool use_out_prod = false; // the device has it
+
     int64_t n_cells() const { return pos.size(); }
     bool    is_sink(int64_t i) const { return pos[i] - pos_min < (llama_pos) sink; }
 };
