@@ -233,3 +233,22 @@ def test_generation_goes_on_past_the_context(embedded: Path) -> None:
         usage = runtime.usage(context.ctx)
         assert context.length(0) == 808 and usage.bytes == size
         assert (usage.used <= usage.owned + 64).all()
+
+
+def test_states_of_other_tables(embedded: Path) -> None:
+    """Refused, unless nothing was evicted yet under the policy that keeps the whole prompt."""
+    tokens = random_tokens(200)
+    with Context(embedded) as context, Context(embedded, overrides={"lukv.ratio": 0.3}) as other:
+        context.decode({0: tokens})
+        assert not other.restore(context.save(0), 0)
+        assert other.length(0) == 0
+        other.decode({0: tokens})  # and goes on as before
+
+    options = {"lukv.policy": "prefill"}
+    with Context(embedded, overrides=options) as context, Context(embedded, overrides=options | {"lukv.ratio": 0.5}) as other:
+        context.decode({0: tokens})
+        assert other.restore(context.save(0), 0)
+        context.decode({0: [5]})
+        other.decode({0: [5]})
+        assert runtime.usage(other.ctx).used.sum() > 1.5 * runtime.usage(context.ctx).used.sum()
+        assert not other.restore(context.save(0), 1)

@@ -706,7 +706,21 @@ uint32_t llama_kv_cache_lukv::get_n_owned(llama_seq_id seq_id, int32_t il, uint3
 }
 
 uint32_t llama_kv_cache_lukv::get_n_used(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
-    return get_positions(seq_id, il, ih).size();
+    const auto it = seqs.find(seq_id);
+    if (it == seqs.end()) {
+        return 0;
+    }
+
+    const auto & pos        = get_seg(seq_id, il, ih).pos;
+    const auto & pos_recent = it->second.pos_recent;
+
+    if (!it->second.has_holes) {
+        return pos.size() + pos_recent.size();
+    }
+
+    const auto is_used = [](llama_pos p) { return p >= 0; };
+
+    return std::count_if(pos.begin(), pos.end(), is_used) + std::count_if(pos_recent.begin(), pos_recent.end(), is_used);
 }
 
 std::vector<llama_pos> llama_kv_cache_lukv::get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
@@ -2263,23 +2277,31 @@ void llama_kv_cache_lukv::set_input_kq_mask(ggml_tensor * dst, const llama_ubatc
 //
 
 // FNV-1a
-uint64_t llama_kv_cache_lukv::hash_table() const {
+static void hash_add(uint64_t & hash, const void * data, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+        hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3;
+    }
+}
+
+uint64_t llama_kv_cache_lukv::hash_metric() const {
     uint64_t res = 0xcbf29ce484222325;
 
-    const auto add = [&](const void * data, size_t size) {
-        for (size_t i = 0; i < size; ++i) {
-            res = (res ^ ((const uint8_t *) data)[i])*0x100000001b3;
-        }
-    };
-    add(params.budget.data(), params.budget.size()*sizeof(float));
-    add(params.metric.data(), params.metric.size());
+    hash_add(res, params.metric.data(), params.metric.size());
     for (const auto & [name, value] : params.metric_params) {
-        add(name.data(), name.size());
-        add(&value, sizeof(value));
+        hash_add(res, name.data(), name.size());
+        hash_add(res, &value, sizeof(value));
     }
-    add(&params.sink,   sizeof(params.sink));
-    add(&params.recent, sizeof(params.recent));
-    add(&params.policy, sizeof(params.policy));
+    hash_add(res, &params.sink,   sizeof(params.sink));
+    hash_add(res, &params.recent, sizeof(params.recent));
+    hash_add(res, &params.policy, sizeof(params.policy));
+
+    return res;
+}
+
+uint64_t llama_kv_cache_lukv::hash_budget() const {
+    uint64_t res = 0xcbf29ce484222325;
+
+    hash_add(res, params.budget.data(), params.budget.size()*sizeof(float));
 
     return res;
 }
@@ -2327,7 +2349,8 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
     write_val<uint32_t>(io, params.n_head_kv);
     write_val<uint32_t>(io, type_k);
     write_val<uint32_t>(io, type_v);
-    write_val<uint64_t>(io, hash_table());
+    write_val<uint64_t>(io, hash_metric());
+    write_val<uint64_t>(io, hash_budget());
     write_val<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
 
     seq_ids_t ids;
@@ -2344,8 +2367,9 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
         write_val(io, id);
         write_val(io, seq.pos_min);
         write_val(io, seq.pos_max);
-        write_val(io, seq.quota);
-        write_val(io, seq.n_room);
+        // for all sequences together only: one of them may find others beside it when it is restored
+        write_val<uint32_t>(io, seq_id < 0 ? seq.quota  : 0);
+        write_val<uint32_t>(io, seq_id < 0 ? seq.n_room : 0);
         write_val<uint32_t>(io, seq.prefill_done);
 
         write_pos(io, seq.pos_recent);
@@ -2382,9 +2406,10 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
                 read_val<uint32_t>(io) != (uint32_t) type_k || read_val<uint32_t>(io) != (uint32_t) type_v) {
             throw std::runtime_error("it was saved for another model or another type of the KV cache");
         }
-        if (read_val<uint64_t>(io) != hash_table()) {
-            throw std::runtime_error("it was saved with another table of budgets: use the ratio, policy and metric that it was saved with");
+        if (read_val<uint64_t>(io) != hash_metric()) {
+            throw std::runtime_error("it was saved with another metric, policy, lukv.sink or lukv.recent: use those that it was saved with");
         }
+        const bool same_budget = read_val<uint64_t>(io) == hash_budget();
 
         const uint32_t n_seqs = read_val<uint32_t>(io);
         if (n_seqs > (seq_id < 0 ? n_seq_max : 1) || seqs.size() + n_seqs > n_seq_max) {
@@ -2395,7 +2420,12 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         for (uint32_t s = 0; s < n_seqs; ++s) {
             const llama_seq_id id = read_val<llama_seq_id>(io);
 
-            added[seq_id < 0 ? id : seq_id] = state_read_seq(io);
+            const auto & seq = added[seq_id < 0 ? id : seq_id] = state_read_seq(io);
+
+            // a prompt that is cached in full does not know its budgets yet
+            if (!same_budget && (params.policy != LLAMA_LUKV_POLICY_PREFILL || seq.prefill_done)) {
+                throw std::runtime_error("it was saved with another table of budgets: use the model and the ratio that it was saved with");
+            }
         }
 
         seq_ids_t ids;

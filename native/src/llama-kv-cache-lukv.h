@@ -422,7 +422,9 @@ private:
 
     ggml_tensor * view_cells(ggml_context * ctx, ggml_tensor * t, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
 
-    uint64_t hash_table() const;
+    // of what a saved state has to have in common with the cache
+    uint64_t hash_metric() const;
+    uint64_t hash_budget() const;
 
     kv_seq state_read_seq(llama_io_read_i & io) const;
 };
