@@ -165,8 +165,8 @@ def _context(
     off[0].tag, off[0].key, off[0].value.val_bool = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL, b"lukv.enabled", False
     params = llama.llama_model_default_params()
     params.kv_overrides = ctypes.cast(off, type(params.kv_overrides))
-    params.use_extra_bufts = False  # no second, repacked copy of the weights in memory
     on_demand = MappedWeights.is_supported() and not runtime.has_gpu() and GGUFFile(path).n_byte > _RELEASE_BYTES
+    params.use_extra_bufts = not on_demand  # of a large model no second, repacked copy in memory
     with mapped_on_demand() if on_demand else nullcontext():
         model = llama.llama_model_load_from_file(str(path).encode(), params)
     if not model:

@@ -73,7 +73,6 @@ class Model:
         params = self._llama.llama_model_default_params()
         params.kv_overrides = ctypes.cast(self._overrides, type(params.kv_overrides))
         params.n_gpu_layers = self._options.n_gpu_layers
-        params.use_extra_bufts = False  # no second, repacked copy of the weights each time that a model is loaded
         self.path = Path(path)
         self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
