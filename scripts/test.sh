@@ -4,5 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 .venv/bin/python scripts/fetch_model.py smollm2 >/dev/null
-export OMP_WAIT_POLICY=passive  # threads that spin while they wait slow a busy machine down
 exec .venv/bin/python -m pytest "$@"
