@@ -25,7 +25,7 @@ TESTS = (
 def output() -> str:
     """What the tests print, without colours."""
     command = [sys.executable, SCRIPT, "--verbose", *TESTS, "lukv-save-load-state-few"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     return re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
 
 
