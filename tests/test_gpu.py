@@ -10,7 +10,6 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the weights are f32, and t
 
 import numpy as np
 import pytest
-from llama_cpp import Llama
 from sequences import Context
 from test_native import F16, F32, feed, load, metadata, nmse, random_tokens, uneven_budget
 from tiny_gguf import write_tiny

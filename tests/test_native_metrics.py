@@ -10,7 +10,6 @@ import pytest
 from llama_cpp import Llama
 from sequences import Context
 from test_native import (
-    F32,
     QUANTISED,
     RECENT,
     SINK,

@@ -446,7 +446,7 @@ std::vector<llama_ubatch> llama_kv_cache_lukv::split(llama_batch_allocr & balloc
             n_min = std::min(n_min, n);
         }
 
-        const bool equal = n_left.size() > 1 && (n_equal >= n_ubatch || n_left.size()*n_min <= n_equal);
+        const bool equal = n_left.size() > 1 && n_left.size() <= n_ubatch && (n_equal >= n_ubatch || n_left.size()*n_min <= n_equal);
 
         auto ubatch = equal ? balloc.split_equal(std::min(n_ubatch, n_equal), !cparams.kv_unified, 0) : balloc.split_seq(n_ubatch);
         if (ubatch.n_tokens == 0) {
@@ -2141,8 +2141,10 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch &
 
     int32_t * data = (int32_t *) dst->data;
 
+    const seq_ids_t ids = seq_ids_of(ubatch);
+
     for (size_t l = 0; l < kv.layers.size(); ++l) {
-        for (llama_seq_id id : seq_ids_of(ubatch)) {
+        for (llama_seq_id id : ids) {
             const auto & seq = seqs.at(id);
 
             for (uint32_t i = seq.pos_recent.size() - n; i < seq.pos_recent.size(); ++i) {
@@ -2193,8 +2195,10 @@ void llama_kv_cache_lukv::set_input_segs(ggml_tensor * dst, const llama_ubatch &
 
     int32_t * data = (int32_t *) dst->data;
 
+    const seq_ids_t ids = seq_ids_of(ubatch);
+
     for (size_t l = 0; l < kv.layers.size(); ++l) {
-        for (llama_seq_id id : seq_ids_of(ubatch)) {
+        for (llama_seq_id id : ids) {
             const auto & seq = seqs.at(id);
 
             for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
