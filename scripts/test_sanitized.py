@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
     (folder / "upstream").mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "upstream" / "lock"):
         source, target = patched_source(folder / "upstream"), folder / "sanitized"
-        configure = [programs / "cmake", "-S", source, "-B", target, "-G", "Ninja"]
+        configure = [programs / "cmake", "--fresh", "-S", source, "-B", target, "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}"]
         for command in ([*configure, *OPTIONS], [programs / "ninja", "-C", target, "llama"]):
             done = subprocess.run(command, capture_output=True, text=True)

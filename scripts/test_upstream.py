@@ -87,7 +87,8 @@ def main() -> None:
         source = patched_source(folder)
         tests, build = ROOT / "tests" / "upstream", folder / "build"
         settings = {"SOURCE": source, "LIBRARIES": libraries, "TABLES": tests / "embed_tables.py", "PYTHON": sys.executable}
-        configure = [programs / "cmake", "-S", tests, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        # fresh: the folder may have been configured for another checkout; objects stay
+        configure = [programs / "cmake", "--fresh", "-S", tests, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}", *(f"-D{name}={value}" for name, value in settings.items())]
         configured = run(configure, capture_output=True)
         if configured.returncode:
