@@ -56,6 +56,7 @@ class Collector:
         return LayerState(
             keys=k,
             values=v if needs.values else None,
+            plain_keys=plain_keys(layer, k, torch.arange(n_token)) if needs.plain_keys else None,
             queries=q[:, max(0, n_token - needs.window) :].clone() if needs.window else None,
             query_mean=mean,
             query_covariance=covariance,
@@ -69,6 +70,13 @@ class Collector:
             attention_scale=model.config.attention_scale,
             attention_cap=model.config.attention_cap,
         )
+
+
+def plain_keys(layer: Layer, k: Tensor, positions: Tensor) -> Tensor:
+    """Keys [H, T, d] of tokens at these positions as they were before RoPE."""
+    if layer.rope is None:
+        return k
+    return layer.rope.unrotate(k.transpose(0, 1), layer.rope.at(positions)).transpose(0, 1)
 
 
 def query_statistics(layer: Layer, q: Tensor, sink: int, covariance: bool) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ from lukv_gguf.metrics.capkv import CapKV
 from lukv_gguf.metrics.criticalkv import CriticalKV
 from lukv_gguf.metrics.curdkv import CurDKV
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
+from lukv_gguf.metrics.foresight import Foresight
 from lukv_gguf.metrics.h2o import H2O
 from lukv_gguf.metrics.keydiff import KeyDiff
 from lukv_gguf.metrics.knorm import KNorm
@@ -16,12 +17,15 @@ from lukv_gguf.metrics.kvzip import KVZip
 from lukv_gguf.metrics.random import Random
 from lukv_gguf.metrics.snapkv import SnapKV
 from lukv_gguf.metrics.streamingllm import StreamingLLM
+from lukv_gguf.scorer import Scorer
 
 __all__ = ["LayerState", "Metric", "Needs", "get", "names", "parse", "require_native"]
 
 _METRICS: dict[str, type[Metric]] = {
     metric.name: metric
-    for metric in (Cake, CapKV, CurDKV, ExpectedAttention, H2O, KeyDiff, KNorm, KVZip, Random, SnapKV, StreamingLLM)
+    for metric in (
+        Cake, CapKV, CurDKV, ExpectedAttention, Foresight, H2O, KeyDiff, KNorm, KVZip, Random, SnapKV, StreamingLLM
+    )
 }
 _CRITICAL = "criticalkv-"
 
@@ -31,8 +35,8 @@ def names() -> list[str]:
     return sorted([*_METRICS, *(_CRITICAL + name for name in CriticalKV.bases)])
 
 
-def get(name: str, **params: float) -> Metric:
-    """The metric of that name.
+def get(name: str, scorer: Scorer | None = None, **params: float) -> Metric:
+    """The metric of that name; a trained one with its scorer.
 
     Raises
     ------
@@ -48,11 +52,13 @@ def get(name: str, **params: float) -> Metric:
         raise LukvError(f"unknown metric {name!r}; known metrics: {', '.join(names())}")
     if name.startswith(_CRITICAL):
         return CriticalKV(_METRICS[name.removeprefix(_CRITICAL)], **params)
+    if _METRICS[name].trained:
+        return _METRICS[name](scorer, **params)
     return _METRICS[name](**params)
 
 
-def parse(text: str) -> Metric:
-    """The metric that a user wrote: ``NAME`` or ``NAME:PARAM=VALUE:…``.
+def parse(text: str, scorer: Scorer | None = None) -> Metric:
+    """The metric that a user wrote: ``NAME`` or ``NAME:PARAM=VALUE:…``; a trained one with its scorer.
 
     Raises
     ------
@@ -72,7 +78,7 @@ def parse(text: str) -> Metric:
             params[key.strip()] = float(value)
         except ValueError:
             raise LukvError(f"metric {text!r}: write parameters as {name}:PARAM=NUMBER") from None
-    return get(name, **params)
+    return get(name, scorer, **params)
 
 
 def require_native(metric: Metric) -> None:

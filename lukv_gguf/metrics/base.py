@@ -39,6 +39,8 @@ class Needs:
         Tokens that it repeats at a time.
     past : bool
         What earlier commits of a bounded cache said about each cell.
+    plain_keys : bool
+        The keys before RoPE.
     """
 
     values: bool = False
@@ -51,6 +53,7 @@ class Needs:
     reconstruction: bool = False
     chunk: int = 0
     past: bool = False
+    plain_keys: bool = False
 
     @classmethod
     def union(cls, needs: Iterable[Needs]) -> Needs:
@@ -76,6 +79,8 @@ class LayerState:
     keys : Tensor [H, T, d]
         Keys after RoPE.
     values : Tensor [H, T, d_value], optional
+    plain_keys : Tensor [H, T, d], optional
+        Keys before RoPE.
     queries : Tensor [H * G, w, d], optional
         Queries of the last w tokens, after RoPE. Fewer if there were not as many.
     query_mean : Tensor [H * G, d], optional
@@ -110,6 +115,7 @@ class LayerState:
 
     keys: Tensor
     values: Tensor | None = None
+    plain_keys: Tensor | None = None
     queries: Tensor | None = None
     query_mean: Tensor | None = None
     query_covariance: Tensor | None = None
@@ -170,6 +176,8 @@ class Metric(ABC):
         What scoring the T cells of a head costs; d is the size of a head, G the queries that share it.
     native : bool
         Whether the native cache has it. Without, it ranks in profiles and nowhere else.
+    trained : bool
+        Whether it needs a scorer that was trained for the model.
     defaults : mapping
         Its parameters. The type of a default, int or float, is the type of the parameter.
     minima : mapping
@@ -190,6 +198,7 @@ class Metric(ABC):
     summary: ClassVar[str]
     cost: ClassVar[str]
     native: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
     defaults: ClassVar[Params] = {}
     minima: ClassVar[Params] = {}
 
@@ -213,6 +222,9 @@ class Metric(ABC):
     def needs(self) -> Needs:
         """What it reads besides keys and positions."""
         return Needs()
+
+    def check_model(self, n_layer: int, n_head_kv: int, d_key: int, d_value: int) -> None:
+        """Raise LukvError if it cannot score the heads of such a model."""
 
     @abstractmethod
     def score(self, state: LayerState) -> Tensor:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lukv_gguf.collect import future_rotation, output_norms
+from lukv_gguf.collect import future_rotation, output_norms, plain_keys
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics import LayerState, Metric
 from lukv_gguf.reference.model import ReferenceModel, _Layer
@@ -208,7 +208,9 @@ class BoundedDecoder:
         cells, queries = self._heads[layer][head], self._queries[layer]
         group = slice(head * config.n_group, (head + 1) * config.n_group)
         sink, recent = self._protected
-        rotation = None
+        rotation = plain = None
+        if needs.plain_keys:
+            plain = plain_keys(self._model._layers[layer], cells.keys[None], cells.positions)
         if needs.query_mean:
             rotation = future_rotation(
                 self._model._layers[layer], self._n_past, needs.n_future, config.d_key, self._model.device
@@ -216,6 +218,7 @@ class BoundedDecoder:
         return LayerState(
             keys=cells.keys[None],
             values=cells.values[None],
+            plain_keys=plain,
             queries=queries.last[group],
             query_mean=queries.mean[group],
             query_covariance=queries.covariance[group],
