@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lukv_gguf.errors import LukvError
+from lukv_gguf.errors import UNREADABLE, LukvError
 from lukv_gguf.oracle import ResidualStreams
-from lukv_gguf.profile_file import UNREADABLE
 
 Arrays = Mapping[str, npt.NDArray[np.floating]]
 

@@ -147,6 +147,8 @@ def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
               help="Take the budgets from this file (lukv-gguf profile) instead of profiling.")
 @click.option("--metric", metavar="NAME[:PARAM=VALUE]…",
               help=f"Score that ranks a head's tokens, see `lukv-gguf metrics`.  [default: {defaults.METRIC}, or the profile's]")
+@click.option("--scorer", "scorer_path", type=click.Path(path_type=Path), metavar="SCORER",
+              help="Weights of the metric foresight (lukv-gguf train-scorer).")
 @click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
               default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
 @click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
@@ -167,7 +169,7 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
     calibration_text = _calibration_text(options)
     if options["profile_path"] is not None:
         protocol = {param.name: param.opts[0] for param in profile.params if param.name in ctx.params}
-        for name in protocol.keys() - {"model", "output", "force", "metric"}:
+        for name in protocol.keys() - {"model", "output", "force", "metric", "scorer_path"}:
             if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"{protocol[name]} is for profiling; with --profile it says nothing.")
             options.pop(name, None)
@@ -192,8 +194,12 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
               help="Overwrite an existing output, and drop what an interrupted run with other parameters left.")
 @click.option("--metric", default=defaults.METRIC, show_default=True, metavar="NAME[:PARAM=VALUE]…,…",
               help="Scores that rank a head's tokens, separated by commas; see `lukv-gguf metrics`.")
+@click.option("--scorer", "scorer_path", type=click.Path(path_type=Path), metavar="SCORER",
+              help="Weights of the metric foresight (lukv-gguf train-scorer).")
 @_protocol_options
-def profile(model: Path, output: Path | None, force: bool, metric: str, **options: Any) -> None:
+def profile(
+    model: Path, output: Path | None, force: bool, metric: str, scorer_path: Path | None = None, **options: Any
+) -> None:
     """Measure a model's heads, and write what was found to one file.
 
     `embed --profile` turns it into budgets, for any ratio and for any quantisation of the model. With the engine llama
@@ -206,6 +212,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     from lukv_gguf.gguf_header import check_writable, name_beside, read_header
     from lukv_gguf.profile import Protocol, profile_metrics
     from lukv_gguf.profile_file import save_profiles
+    from lukv_gguf.scorer import load_scorer
 
     context, questions = _calibration_text(options)
     device = options.pop("device")
@@ -213,7 +220,7 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     output = output or name_beside(model, "-profile").with_suffix(".npz")
     check_writable(output, 1 << 20)
     _refuse_existing(output, force)
-    chosen = [metrics.parse(text) for text in metric.split(",")]
+    chosen = metrics.parse_list(metric, None if scorer_path is None else load_scorer(scorer_path))
     started = time.monotonic()
     with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
         profiles = profile_metrics(
@@ -232,6 +239,73 @@ def profile(model: Path, output: Path | None, force: bool, metric: str, **option
     click.echo(f"written  {output}")
     for name, found in profiles.items():
         click.echo(f"{name:<{max(map(len, profiles))}} at 20 %: {_spread(found.budget_at(0.2))}; optimality gap {found.gap.mean():.1%}")
+    click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
+
+
+@cli.command("train-scorer")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="SCORER",
+              help="Output file.  [default: MODEL-scorer.npz beside the input]")
+@click.option("-f", "--force", is_flag=True,
+              help="Overwrite an existing output, and drop what an interrupted run with other parameters left.")
+@click.option("--calibration", "names", type=click.Choice(["prose", "code", "dialogue"]), multiple=True,
+              help="Texts that come with the program, may be given again.  [default: all, or those of --context]")
+@click.option("--context", "contexts", type=click.Path(path_type=Path), metavar="FILE", multiple=True,
+              help="Your own text, with --questions; may be given again.")
+@click.option("--questions", type=click.Path(path_type=Path), metavar="FILE", multiple=True,
+              help='Its questions: JSON, {"questions": ["…"]}.')
+@click.option("--n-context", type=click.IntRange(min=1), default=defaults.N_CONTEXT, show_default=True,
+              help="Most tokens of a text.")
+@click.option("--n-query", type=click.IntRange(min=1), help="Questions to ask about each.  [default: all]")
+@click.option("--k-max", "max_new_tokens", type=click.IntRange(min=1), default=defaults.K_MAX, show_default=True,
+              help="Most tokens of an answer.")
+@click.option("--hidden", "n_hidden", type=click.IntRange(min=1), default=16, show_default=True, help="Hidden units for each head.")
+@click.option("--steps", "n_step", type=click.IntRange(min=1), default=600, show_default=True, help="Steps of Adam for each layer.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="Its largest rate.")
+@click.option("--loss", type=click.Choice(["mass", "hinge"]), default="mass", show_default=True,
+              help="Pairs weighed by what they cost, or all alike as in the paper.")
+@click.option("--golden-ratio", "ratio", type=float, default=defaults.RATIO, show_default=True, help="Kept fraction of Golden Eviction.")
+@click.option("--window", type=click.IntRange(min=1), default=32, show_default=True, help="Last queries that the scorer sees.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the weights and the pairs.")
+@click.option("--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, mps.")
+def train(
+    model: Path, output: Path | None, force: bool, names: tuple[str, ...], contexts: tuple[Path, ...],
+    questions: tuple[Path, ...], n_context: int, n_query: int | None, max_new_tokens: int, device: str, **options: Any,
+) -> None:
+    """Train the scorer of the metric foresight on future attention (ForesightKV), and write it to one file.
+
+    `profile` and `embed` take it with --scorer. An interrupted run goes on where it was when the same command is given again.
+    """
+    _set_thread_policy()
+    from lukv_gguf import calibration
+    from lukv_gguf.checkpoint import discard_folder
+    from lukv_gguf.embed import checkpoint_folder
+    from lukv_gguf.gguf_header import check_writable, name_beside, read_header
+    from lukv_gguf.profile import Protocol
+    from lukv_gguf.scorer import save_scorer
+    from lukv_gguf.train_scorer import Training, train_scorer
+
+    if len(contexts) != len(questions):
+        raise click.UsageError("--context and --questions go together.")
+    texts = [calibration.load(*pair) for pair in zip(contexts, questions)]
+    texts += [calibration.load_default(name) for name in names or (() if texts else ("prose", "code", "dialogue"))]
+    header = read_header(model)
+    output = output or name_beside(model, "-scorer").with_suffix(".npz")
+    check_writable(output, 1 << 20)
+    _refuse_existing(output, force)
+    started = time.monotonic()
+    with _saying_how_to_resume(checkpoint_folder(output)), _progress_bars() as progress:
+        scorer = train_scorer(
+            header.path, texts, Training(**options),
+            Protocol(n_context=n_context, n_query=n_query, max_new_tokens=max_new_tokens), device=device,
+            progress=progress, checkpoint=checkpoint_folder(output), start_over=force,
+        )  # fmt: skip
+    save_scorer(output, scorer)
+    discard_folder(checkpoint_folder(output))
+    n_layer, n_head_kv = scorer.shape[:2]
+    click.echo(f"written  {output}")
+    click.echo(f"scorer   {scorer.digest}: {n_layer} x {n_head_kv} networks of {scorer.n_hidden} hidden units")
+    click.echo(f"trained  on {scorer.provenance['tokens']} tokens and {scorer.provenance['questions']} questions")
     click.echo(f"time     {time.monotonic() - started:.1f} s{_peak_memory()}")
 
 

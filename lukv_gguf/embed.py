@@ -16,6 +16,7 @@ from lukv_gguf import __version__, calibration, defaults, metadata
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import GgufHeader, check_writable, missing_shards, name_beside, read_header
 from lukv_gguf.metadata import LukvMetadata
+from lukv_gguf.scorer import Scorer, load_scorer
 
 if TYPE_CHECKING:
     from lukv_gguf.metrics import Metric
@@ -55,6 +56,7 @@ def embed_model(
     ratio: float = defaults.RATIO,
     policy: str = defaults.POLICY,
     metric: str | None = None,
+    scorer_path: str | PathLike[str] | None = None,
     floor: float = defaults.FLOOR,
     blend: float | None = None,
     allocation: str = defaults.ALLOCATION,
@@ -76,6 +78,7 @@ def embed_model(
     policy : ``capacity`` or ``prefill``.
     metric : the intra-head metric, ``NAME`` or ``NAME:PARAM=VALUE:…``; by default that of the profile file, or
         `defaults.METRIC`.
+    scorer_path : the scorer of a trained metric (``lukv-gguf train-scorer``), which goes into the file, too.
     floor : kept fraction that no head falls below, at most `ratio`.
     blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` and 0 for others.
     allocation : ``lukv``, ``uniform``, ``pyramidkv`` or ``adakv``. Only ``lukv`` and ``adakv`` need a profile.
@@ -111,14 +114,20 @@ def embed_model(
 
     from lukv_gguf import metrics  # torch: slow to import, and not needed for the checks
 
+    scorer = None if scorer_path is None else load_scorer(scorer_path)
     if metric is not None or profile_path is None:
-        chosen = metrics.parse(metric or defaults.METRIC)
+        chosen = metrics.parse_list(metric or defaults.METRIC, scorer)[0]
         metrics.require_native(chosen)
 
     checkpoint = None
     if profile_path is not None:
         profile = _read_profile(profile_path, metric, header)
-        metrics.require_native(metrics.get(profile.metric, **profile.metric_params))
+        chosen = metrics.get(profile.metric, scorer, **profile.metric_params)
+        metrics.require_native(chosen)
+    chosen.check_model(*metadata.model_shape(header), *metadata.head_sizes(header))
+    if profile_path is not None:
+        if chosen.trained and profile.provenance.get("scorer") != chosen.weights_digest:
+            raise LukvError(f"{profile_path}: made with another scorer than {scorer_path}")
     elif allocation in ("uniform", "pyramidkv"):
         profile = blank_profile(chosen, metadata.model_shape(header), protocol)
     else:
@@ -132,6 +141,7 @@ def embed_model(
             questions=questions,
             metric=chosen.name,
             metric_params=chosen.params,
+            scorer=scorer,
             progress=progress,
             checkpoint=checkpoint,
             start_over=overwrite,
@@ -139,7 +149,8 @@ def embed_model(
         )
     if allocation != "lukv":
         profile = profile.allocated(allocation)
-    meta = build_metadata(profile, ratio=ratio, policy=policy, floor=floor, blend=blend, allocation=allocation)
+    options = {"ratio": ratio, "policy": policy, "floor": floor, "blend": blend, "allocation": allocation}
+    meta = build_metadata(profile, **options, scorer=scorer if chosen.trained else None)
     metadata.embed(model, output, meta, lambda done, total: progress and progress(WRITE_STAGE, done, total))
     if checkpoint is not None:
         from lukv_gguf.checkpoint import discard_folder
@@ -191,8 +202,9 @@ def build_metadata(
     floor: float = defaults.FLOOR,
     blend: float = defaults.BLEND,
     allocation: str = defaults.ALLOCATION,
+    scorer: Scorer | None = None,
 ) -> LukvMetadata:
-    """The record to embed for a profile; parameters as in :func:`embed_model`."""
+    """The record to embed for a profile, with the scorer of a trained metric; parameters as in :func:`embed_model`."""
     return LukvMetadata(
         ratio=ratio,
         metric=profile.metric,
@@ -203,6 +215,7 @@ def build_metadata(
         budget=profile.budget_at(ratio, floor, blend),
         profile_ratios=profile.ratios,
         profile_budget=profile.budgets(floor, blend),
+        scorer=scorer,
         provenance={
             "tool": f"lukv-gguf {__version__}",
             "date": datetime.date.today().isoformat(),

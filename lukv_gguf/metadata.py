@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGUFValueType, Keys
 
+from lukv_gguf import scorer
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import ByteProgress, GgufHeader, encode_pair, read_header, rewrite
+from lukv_gguf.scorer import Scorer
 
 LAYOUT_VERSION = 1
 POLICIES = ("capacity", "prefill")
@@ -39,7 +41,10 @@ KEY_HEADS_KV = "lukv.heads_kv"
 KEY_BUDGET = "lukv.budget"
 KEY_PROFILE_RATIOS = "lukv.profile.ratios"
 KEY_PROFILE_BUDGET = "lukv.profile.budget"
+KEY_SCORER_HIDDEN = "lukv.scorer.hidden"
+KEY_SCORER_D_KEY = "lukv.scorer.key_length"
 PREFIX_METRIC = "lukv.metric."
+PREFIX_SCORER = "lukv.scorer."
 PREFIX_PROVENANCE = "lukv.provenance."
 
 TYPES: Mapping[str, GGUFValueType] = {
@@ -58,6 +63,12 @@ TYPES: Mapping[str, GGUFValueType] = {
 }
 """Every key that a file must have, with its type; the arrays hold FLOAT32. Parameters of the metric are FLOAT32 or
 UINT32, provenance is STRING."""
+SCORER_TYPES: Mapping[str, GGUFValueType] = {
+    KEY_SCORER_HIDDEN: GGUFValueType.UINT32,
+    KEY_SCORER_D_KEY: GGUFValueType.UINT32,
+    **{PREFIX_SCORER + name: GGUFValueType.ARRAY for name in scorer.ARRAYS},
+}
+"""The keys of a trained metric's scorer, all of them or none."""
 
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _MAX_UINT32 = 2**32 - 1
@@ -78,6 +89,7 @@ class LukvMetadata:
     budget : float32 [L, H], kept fraction of each layer and KV head at `ratio`; its mean is `ratio`.
     profile_ratios : float32 [n], ascending kept fractions in (0, 1].
     profile_budget : float32 [n, L, H], the budgets at each of them.
+    scorer : the weights of a trained metric.
     provenance : where the profile came from, by name.
     version : layout of the keys, 1.
     enabled : whether the runtime uses the table unless told otherwise.
@@ -98,6 +110,7 @@ class LukvMetadata:
     profile_budget: FloatArray
     metric_params: Mapping[str, float | int] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    scorer: Scorer | None = None
     version: int = LAYOUT_VERSION
     enabled: bool = True
 
@@ -138,6 +151,7 @@ class LukvMetadata:
             "budget": _as_lists(self.budget),
             "profile_ratios": _as_lists(self.profile_ratios),
             "profile_budget": _as_lists(self.profile_budget),
+            "scorer": None if self.scorer is None else {"hidden": self.scorer.n_hidden, "digest": self.scorer.digest},
             "provenance": dict(self.provenance),
         }
 
@@ -187,6 +201,27 @@ def model_shape(header: GgufHeader) -> tuple[int, int]:
     return n_layer, int(counts[0])
 
 
+def head_sizes(header: GgufHeader) -> tuple[int, int]:
+    """Sizes of a key and of a value of the model in a file, (d_key, d_value).
+
+    Raises
+    ------
+    LukvError
+        The file does not say.
+    """
+    arch = header.value(Keys.General.ARCHITECTURE)
+    sizes = []
+    for key in (Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH):
+        size = header.value(key.format(arch=arch))
+        if size is None:
+            width, heads = (header.value(k.format(arch=arch)) for k in (Keys.LLM.EMBEDDING_LENGTH, Keys.Attention.HEAD_COUNT))
+            if not isinstance(width, int) or not isinstance(heads, int) or not heads:
+                raise LukvError(f"{header.path}: metadata key {key.format(arch=arch)} is missing: not a language model?")
+            size = width // heads
+        sizes.append(int(size))
+    return sizes[0], sizes[1]
+
+
 def embed(
     path_in: str | PathLike[str],
     path_out: str | PathLike[str],
@@ -216,6 +251,9 @@ def embed(
     if meta.budget.shape != shape:
         ours, theirs = shape_text(*meta.budget.shape), shape_text(*shape)
         raise LukvError(f"{path_in}: {KEY_BUDGET} is for {ours}, the model has {theirs}")
+    if meta.scorer is not None and meta.scorer.shape != (*shape, *head_sizes(header)):
+        ours, theirs = scorer.shape_text(*meta.scorer.shape), scorer.shape_text(*shape, *head_sizes(header))
+        raise LukvError(f"{path_in}: the scorer is for {ours}, the model has {theirs}")
     if not in_place_ok:
         _refuse_same_file(path_in, path_out)
     rewrite(header, path_out, lambda key: key.startswith(PREFIX), _encode(meta), progress)
@@ -254,6 +292,10 @@ def _encode(meta: LukvMetadata) -> list[bytes]:
     for name, value in meta.metric_params.items():
         value_type = GGUFValueType.FLOAT32 if isinstance(value, float) else GGUFValueType.UINT32
         pairs.append(encode_pair(PREFIX_METRIC + name, value_type, value))
+    if meta.scorer is not None:
+        found = {KEY_SCORER_HIDDEN: meta.scorer.n_hidden, KEY_SCORER_D_KEY: meta.scorer.d_key}
+        found |= {PREFIX_SCORER + name: getattr(meta.scorer, name) for name in scorer.ARRAYS}
+        pairs += [encode_pair(key, value_type, found[key]) for key, value_type in SCORER_TYPES.items()]
     for name, text in meta.provenance.items():
         pairs.append(encode_pair(PREFIX_PROVENANCE + name, GGUFValueType.STRING, text))
     return pairs
@@ -295,7 +337,24 @@ def _from_header(header: GgufHeader) -> LukvMetadata:
         profile_ratios=values[KEY_PROFILE_RATIOS],
         profile_budget=values[KEY_PROFILE_BUDGET],
         provenance=provenance,
+        scorer=_scorer_from_header(header, n_layer, n_head_kv, params),
     )
+
+
+def _scorer_from_header(header: GgufHeader, n_layer: int, n_head_kv: int, params: Mapping[str, Any]) -> Scorer | None:
+    if not any(key.startswith(PREFIX_SCORER) for key in header.pairs):
+        return None
+    values = {key: _typed_value(header, key, value_type) for key, value_type in SCORER_TYPES.items()}
+    n_hidden, d_key, (_, d_value) = values[KEY_SCORER_HIDDEN], values[KEY_SCORER_D_KEY], head_sizes(header)
+    n_features, heads = len(scorer.FEATURES), (n_layer, n_head_kv)
+    shapes = {"input": (*heads, n_hidden, n_features + d_key + d_value), "skip": (*heads, n_features)}
+    arrays = {}
+    for name in scorer.ARRAYS:
+        key, shape = PREFIX_SCORER + name, shapes.get(name, (*heads, n_hidden))
+        size, wanted = values[key].size, math.prod(shape)
+        _require(size == wanted, key, f"has {size} values, expected {wanted} ({' x '.join(map(str, shape))})")
+        arrays[name] = values[key].reshape(shape)
+    return Scorer(**arrays, d_key=d_key, params=params)
 
 
 def _typed_value(header: GgufHeader, key: str, value_type: GGUFValueType) -> Any:

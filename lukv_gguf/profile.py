@@ -23,6 +23,7 @@ from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
+from lukv_gguf.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -96,6 +97,7 @@ def profile_model(
     questions: Sequence[str],
     metric: str = "keydiff",
     metric_params: Mapping[str, float] | None = None,
+    scorer: Scorer | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -104,7 +106,7 @@ def profile_model(
     **protocol: Any,
 ) -> Profile:
     """Profile a model for one metric; parameters as of `profile_metrics` and `Protocol`."""
-    chosen = metrics.get(metric, **(metric_params or {}))
+    chosen = metrics.get(metric, scorer, **(metric_params or {}))
     profiles = profile_metrics(
         path,
         [chosen],
@@ -197,6 +199,8 @@ def profile_metrics(
         chunk = max(metric.needs.chunk for metric in chosen_metrics)
         replays = _replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
     n_token = len(prefix)
+    for metric in chosen_metrics:
+        metric.check_model(model.config.n_layer, model.config.n_head_kv, model.config.d_key, model.config.d_value)
     if n_token <= protocol.sink + protocol.recent:
         raise LukvError(
             f"a context of {n_token} tokens is too short for {protocol.sink} + {protocol.recent} protected tokens"
@@ -243,7 +247,7 @@ def profile_metrics(
             ratios=protocol.ratios,
             budget=solution.query_budget.mean(axis=0),
             gap=solution.gap,
-            provenance=provenance,
+            provenance={**provenance, "scorer": metric.weights_digest} if metric.trained else provenance,
             budgeted=budgeted,
             marginal=solution.marginal,
             scores=scores.astype(np.float32),
@@ -301,7 +305,7 @@ class _Run:
             header.path.stat().st_mtime_ns,
             self.prefix,
             self.suffixes,
-            sorted((metric.name, sorted(metric.params.items())) for metric in self.metrics),
+            sorted((metric.name, sorted(metric.params.items()), metric.weights_digest) for metric in self.metrics),
             {name: asdict(self.protocol)[name] for name in ("max_new_tokens", "objective", "group")},
             [self.protocol.sink, self.protocol.recent],
             [replay.tokens for replay in self.replays],

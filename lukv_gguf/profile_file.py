@@ -20,10 +20,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import lzma
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +30,7 @@ import numpy.typing as npt
 
 from lukv_gguf import __version__, allocation
 from lukv_gguf.allocation import apply_floor_and_blend
-from lukv_gguf.errors import LukvError
+from lukv_gguf.errors import UNREADABLE_RECORD, LukvError
 from lukv_gguf.gguf_header import replacing
 from lukv_gguf.metadata import MEAN_TOLERANCE
 
@@ -42,10 +38,7 @@ FORMAT, VERSION = "lukv-profile", 1
 GRID_RATIOS = np.arange(1, 100) / 100.0  # also those of the LU-KV project's curves
 GAP_RATIO = 0.2  # the kept fraction at which a profile reports the optimality gap
 ALLOCATIONS = ("lukv", "uniform", "pyramidkv", "adakv")
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-"""What numpy and zipfile raise for a damaged .npz; a flipped bit can ask for encryption or any compression."""
 _OPTIONAL = ("marginal", "scores", "query_budget")
-_UNREADABLE = (*UNREADABLE, TypeError, AttributeError, MemoryError)
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -222,7 +215,7 @@ def load_profiles(path: str | Path) -> dict[str, Profile]:
             return {name: _read_profile(name, description, file) for name in description["metrics"]}
     except OSError as error:
         raise LukvError(f"cannot read {path}: {error.strerror or 'not a profile'}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE_RECORD as error:
         raise LukvError(f"{path}: not a profile, or a damaged one ({error})") from None
 
 
@@ -281,7 +274,7 @@ def import_curve(
         curve = np.load(path, allow_pickle=False)
     except OSError as error:
         raise LukvError(f"cannot read {path}: {error.strerror or 'not a curve'}") from None
-    except _UNREADABLE:
+    except UNREADABLE_RECORD:
         raise LukvError(f"{path}: not a NumPy array without objects") from None
     if not isinstance(curve, np.ndarray) or curve.ndim != 3 or len(curve) != 99 or curve.dtype.kind != "f":
         found = f"{curve.dtype} {list(curve.shape)}" if isinstance(curve, np.ndarray) else "several arrays"

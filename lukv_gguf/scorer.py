@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lukv_gguf import __version__
-from lukv_gguf.errors import LukvError
+from lukv_gguf.errors import UNREADABLE_RECORD, LukvError
 from lukv_gguf.gguf_header import replacing
-from lukv_gguf.profile_file import UNREADABLE
 
 FORMAT, VERSION = "lukv-scorer", 1
 FEATURES = ("key_cosine", "key_norm", "value_norm", "attention", "attention_pooled", "attention_rms", "age")
@@ -157,5 +156,5 @@ def load_scorer(path: str | PathLike[str]) -> Scorer:
         raise LukvError(f"cannot read {path}: {error.strerror or 'not a scorer'}") from None
     except LukvError as error:
         raise LukvError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    except (*UNREADABLE, TypeError, AttributeError, MemoryError) as error:
+    except UNREADABLE_RECORD as error:
         raise LukvError(f"{path}: not a scorer, or a damaged one ({error})") from None

@@ -19,7 +19,7 @@ from lukv_gguf.metrics.snapkv import SnapKV
 from lukv_gguf.metrics.streamingllm import StreamingLLM
 from lukv_gguf.scorer import Scorer
 
-__all__ = ["LayerState", "Metric", "Needs", "get", "names", "parse", "require_native"]
+__all__ = ["LayerState", "Metric", "Needs", "get", "names", "parse", "parse_list", "require_native"]
 
 _METRICS: dict[str, type[Metric]] = {
     metric.name: metric
@@ -79,6 +79,23 @@ def parse(text: str, scorer: Scorer | None = None) -> Metric:
         except ValueError:
             raise LukvError(f"metric {text!r}: write parameters as {name}:PARAM=NUMBER") from None
     return get(name, scorer, **params)
+
+
+def parse_list(text: str, scorer: Scorer | None = None) -> list[Metric]:
+    """The metrics that a user wrote, separated by commas.
+
+    Raises
+    ------
+    LukvError
+        As `parse`, or a scorer that none of them asks for.
+    """
+    found = [parse(part, scorer) for part in text.split(",")]
+    for metric in found:
+        _ = metric.weights_digest  # raises where there are none
+    if scorer is not None and not any(metric.trained for metric in found):
+        trained = ", ".join(name for name, metric in _METRICS.items() if metric.trained)
+        raise LukvError(f"a scorer is for the metric {trained}, not for {text}")
+    return found
 
 
 def require_native(metric: Metric) -> None:

@@ -219,6 +219,11 @@ class Metric(ABC):
         return kind(value)
 
     @property
+    def weights_digest(self) -> str:
+        """A hash of the weights of a trained metric."""
+        return ""
+
+    @property
     def needs(self) -> Needs:
         """What it reads besides keys and positions."""
         return Needs()

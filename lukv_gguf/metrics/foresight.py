@@ -56,6 +56,10 @@ class Foresight(Metric):
     def needs(self) -> Needs:
         return Needs(values=True, plain_keys=True, window=int(self.params["window"]))
 
+    @property
+    def weights_digest(self) -> str:
+        return self._scorer().digest
+
     def check_model(self, n_layer: int, n_head_kv: int, d_key: int, d_value: int) -> None:
         shape = n_layer, n_head_kv, d_key, d_value
         if self._scorer().shape != shape:
