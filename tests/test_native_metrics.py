@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from scorers import random_scorer
 from sequences import Context
 from test_native import (
     QUANTISED,
@@ -24,6 +25,7 @@ from test_native import (
 from tiny_gguf import TinyModel, write_tiny
 
 from lukv_gguf import metrics, runtime
+from lukv_gguf.gguf_header import encode_pair, read_header, rewrite
 from lukv_gguf.metadata import embed
 from lukv_gguf.reference import ReferenceModel
 from lukv_gguf.reference.bounded import BoundedDecoder, BoundedSequences, cells_for
@@ -40,22 +42,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny(path, n_layer=2, n_head=6, n_head_kv=2, d_head=64, n_ctx=4096, n_vocab=N_VOCAB)
 
 
-def small(text: str) -> metrics.Metric:
+def small(text: str, tiny: TinyModel) -> metrics.Metric:
     given = metrics.parse(text)
-    return metrics.get(given.name, **{**given.params, **{key: SMALL[key] for key in SMALL if key in given.params}})
+    params = {**given.params, **{key: SMALL[key] for key in SMALL if key in given.params}}
+    return metrics.get(given.name, random_scorer(tiny, SMALL["window"]) if given.trained else None, **params)
+
+
+def keys_of(metric: metrics.Metric) -> dict:
+    """Fields of the metadata that a metric decides."""
+    return {"metric": metric.name, "metric_params": metric.params, "scorer": getattr(metric, "scorer", None)}
 
 
 def embedded(tiny: TinyModel, name: str, ratio: float = 0.25) -> Path:
     """The model with uneven budgets for a metric."""
-    path, metric = tiny.path.with_name(f"{name}-{ratio}.gguf"), small(name)
+    path, metric = tiny.path.with_name(f"{name}-{ratio}.gguf"), small(name, tiny)
     meta = metadata(uneven_budget(tiny.n_layer, tiny.n_head_kv, ratio), ratio)
-    embed(tiny.path, path, replace(meta, metric=metric.name, metric_params=metric.params))
+    embed(tiny.path, path, replace(meta, **keys_of(metric)))
     return path
 
 
 def reference(tiny: TinyModel, name: str, owned: np.ndarray, n_recent: int) -> BoundedDecoder:
     model = ReferenceModel.load(tiny.path)
-    return BoundedDecoder(model, small(name), owned, n_recent=n_recent, sink=SINK, recent=RECENT)
+    return BoundedDecoder(model, small(name, tiny), owned, n_recent=n_recent, sink=SINK, recent=RECENT)
 
 
 def distinct_tokens(n: int, seed: int = 0) -> list[int]:
@@ -83,7 +91,7 @@ def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     assert runtime.usage(model).evictions >= 5
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "foresight"])
 def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     model = load(embedded(tiny, name), {"lukv.policy": "prefill"})
     expected = reference(tiny, name, np.full((tiny.n_layer, tiny.n_head_kv), 768), 128)
@@ -98,7 +106,7 @@ def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     assert_same_positions(model, expected, kept.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "foresight"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "granite", "smollm3", "starcoder2", "command-r"])
 def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     """Whatever happens to queries: RoPE of pairs or halves or of a part, factors, scales, norms, layers without RoPE."""
@@ -119,7 +127,7 @@ def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     assert n_same >= 0.998 * n_all and runtime.usage(model).evictions >= 2
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "foresight"])
 def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     """Quantised K and V are rotated, and what is kept of the queries has to fit that."""
     path = embedded(tiny, name)
@@ -159,12 +167,12 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         assert_same_positions(continued, expected, usage.owned.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "foresight"])
 def test_sequences_have_queries_of_their_own(tiny: TinyModel, name: str) -> None:
     """Together in a batch, copied, removed in part, and a new one in the place of an old one."""
     budget, tokens = uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), distinct_tokens(800)
     plain = BoundedSequences(
-        ReferenceModel.load(tiny.path), small(name), lambda n: cells_for(budget, 0.25, n, n_min=SINK + RECENT),
+        ReferenceModel.load(tiny.path), small(name, tiny), lambda n: cells_for(budget, 0.25, n, n_min=SINK + RECENT),
         size=768, n_recent=128, n_sequences=3, sink=SINK, recent=RECENT,
     )  # fmt: skip
     with Context(embedded(tiny, name), n_ctx=768, n_seq_max=3) as context:
@@ -212,7 +220,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
         return runtime.usage(model).bytes, runtime.memory_size(model)
 
     plain, with_metric = measure(embedded(tiny, "keydiff")), measure(embedded(tiny, name))
-    needs, queries = small(name).needs, tiny.n_layer * tiny.n_head * tiny.d_head * 4
+    needs, queries = small(name, tiny).needs, tiny.n_layer * tiny.n_head * tiny.d_head * 4
     extra = queries * (needs.window + needs.query_mean + needs.query_covariance * tiny.d_head)
     extra += (needs.output_norms + needs.past) * plain[0] // (2 * tiny.d_head)  # a number for each cell
     assert abs(with_metric[0] - plain[0] - extra) <= 64 * tiny.n_layer  # alignment
@@ -243,6 +251,34 @@ def test_damaged_parameters(tiny: TinyModel, tmp_path: Path, capfd: pytest.Captu
     assert feed(load(path, {"lukv.enabled": False}), [5]).shape == (1, N_VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("input", lambda a: a[:-1], "lukv.scorer.input has 3239 values, but the model and lukv.scorer.hidden ask for 3240"),
+        ("skip", lambda a: a + np.inf, "lukv.scorer.skip holds inf"),
+        ("bias", lambda a: None, "lukv.scorer.bias is missing"),
+        ("hidden", lambda a: 0, "lukv.scorer.input has 3240 values, but the model and lukv.scorer.hidden ask for 0"),
+        ("key_length", lambda a: 32, "lukv.scorer.key_length is 32, but the model has keys of 64"),
+    ],
+)  # fmt: skip
+def test_damaged_scorer(tiny: TinyModel, tmp_path: Path, capfd: pytest.CaptureFixture, key: str, change, message: str) -> None:
+    header = read_header(embedded(tiny, "foresight"))
+    name = f"lukv.scorer.{key}"
+    value, kind = change(header.value(name)), header.pairs[name].type
+    path = tmp_path / "damaged.gguf"
+    rewrite(header, path, lambda key: key == name, [] if value is None else [encode_pair(name, kind, value)])
+    with pytest.raises(ValueError, match="Failed to load model"):
+        load(path, verbose=True)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "LU-KV:" in line]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_scorer_is_missing(tiny: TinyModel, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ValueError, match="Failed to load model"):
+        load(embedded(tiny, "snapkv"), {"lukv.metric": "foresight"}, verbose=True)
+    assert "lukv.scorer.key_length is missing" in capfd.readouterr().err
+
+
 def test_another_metric_by_an_override(tiny: TinyModel) -> None:
     """The file's parameters are for the file's metric."""
     path, tokens = embedded(tiny, "snapkv"), distinct_tokens(300)
@@ -255,14 +291,14 @@ def test_another_metric_by_an_override(tiny: TinyModel) -> None:
     assert cells(other) != cells(by_file) and runtime.usage(other).bytes < runtime.usage(by_file).bytes
 
 
-@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake", "foresight"])
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "cohere2", "gpt-oss"])
 def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
     """Only the other layers keep anything for the metric; a full cache gives stock's logits, a small one finite ones."""
     tiny = write_tiny(tmp_path / "tiny.gguf", arch, n_layer=4, n_head=4, d_head=64, n_vocab=N_VOCAB)
     path, tokens = tmp_path / "lukv.gguf", distinct_tokens(385)
-    metric, budget = small(name), np.full((tiny.n_layer, tiny.n_head_kv), 0.2)
-    embed(tiny.path, path, replace(metadata(budget, 0.2), metric=metric.name, metric_params=metric.params))
+    metric, budget = small(name, tiny), np.full((tiny.n_layer, tiny.n_head_kv), 0.2)
+    embed(tiny.path, path, replace(metadata(budget, 0.2), **keys_of(metric)))
     model, stock = load(path, {"lukv.ratio": 1.0}), load(tiny.path)
     assert nmse(feed(model, tokens), feed(stock, tokens)) < 1e-6
     bounded = load(path)

@@ -1566,6 +1566,18 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
     const auto input_f32 = [&](const std::vector<float>   & data, int64_t ne0) { return graph.input(GGML_TYPE_F32, data, ne0); };
     const auto input_i32 = [&](const std::vector<int32_t> & data, int64_t ne0) { return graph.input(GGML_TYPE_I32, data, ne0); };
 
+    const auto input_rot = [&](uint32_t n) -> ggml_tensor * {
+        if (!needs.plain || n == 0) {
+            return nullptr;
+        }
+        std::vector<float> data(n*n);
+        fill_rot(data.data(), n);
+
+        return input_f32(data, n);
+    };
+    ggml_tensor * inp_rot_k = input_rot(rot_k);
+    ggml_tensor * inp_rot_v = input_rot(rot_v);
+
     // the scores on a device, and the heads that give up cells: the first row of each in the scores, its cells, and how many go
     struct selection {
         std::vector<ggml_tensor *> scores;
@@ -1642,6 +1654,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
                 s.n_keep    = n_keep;
+                if (needs.plain) {
+                    build_plain(s, inp_rot_k, inp_rot_v);
+                }
                 s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
 
                 cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
@@ -1738,6 +1753,8 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     res.params  = params.metric_params;
     res.il      = layer.il;
     res.ih      = ih;
+    res.weights = params.weights.get();
+    res.n_head_kv = params.n_head_kv;
     res.n_gqa   = hparams.n_head(layer.il)/params.n_head_kv;
     res.prot    = get_protected(seq, seg);
     res.pos_min = seq.pos_min;
@@ -1777,6 +1794,40 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     }
 
     return res;
+}
+
+void llama_kv_cache_lukv::build_plain(llama_lukv_scorer & s, ggml_tensor * rot_k, ggml_tensor * rot_v) const {
+    const auto plain = [&](ggml_tensor * t, ggml_tensor * rot) {
+        ggml_tensor * res = t->type == GGML_TYPE_F32 ? t : ggml_cast(s.ctx, t, GGML_TYPE_F32);
+
+        // its own inverse
+        return rot ? ggml_reshape_2d(s.ctx, ggml_mul_mat(s.ctx, rot, ggml_reshape_2d(s.ctx, res, rot->ne[0], ggml_nelements(t)/rot->ne[0])),
+                t->ne[0], t->ne[1]) : res;
+    };
+    s.k_plain = plain(s.k, rot_k);
+    s.v_plain = plain(s.v, rot_v);
+
+    const auto & rope = queries->get_attn(s.il).rope;
+    if (rope.none) {
+        return;
+    }
+
+    float f[6]; // freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    memcpy(f, rope.params.data() + 5, sizeof(f));
+
+    // back to where it was, and to the length that it had
+    const float magnitude = f[3]*(f[2] != 0.0f ? 1.0f + 0.1f*logf(1.0f/f[1]) : 1.0f);
+
+    std::vector<int32_t> positions;
+    for (llama_pos pos : s.pos) {
+        positions.push_back(-pos);
+    }
+
+    ggml_tensor * cur = ggml_reshape_3d(s.ctx, s.k_plain, s.k_plain->ne[0], 1, s.n_cells());
+    cur = ggml_rope_ext(s.ctx, cur, s.input_i32(positions, s.n_cells()), rope.factors,
+            rope.params[1], rope.params[2], rope.params[4], f[0], f[1], f[2], f[3]/(magnitude*magnitude), f[4], f[5]);
+
+    s.k_plain = ggml_reshape_2d(s.ctx, cur, cur->ne[0], s.n_cells());
 }
 
 bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions) {
@@ -2753,7 +2804,8 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
     }
 
     // between RoPE and the attention the queries of this one are normalised or scaled: their statistics would miss that
-    if (model.arch == LLM_ARCH_LLAMA4 && llama_lukv_metric::find(model.lukv->metric)->needs(model.lukv->metric_params).n_future > 0) {
+    const auto needs = llama_lukv_metric::find(model.lukv->metric)->needs(model.lukv->metric_params);
+    if (model.arch == LLM_ARCH_LLAMA4 && (needs.n_future > 0 || needs.plain)) {
         return format("the metric %s is not supported for the architecture %s yet", model.lukv->metric.c_str(), llm_arch_name(model.arch));
     }
 

@@ -413,6 +413,9 @@ private:
     // head i of a sequence as the metric sees it
     llama_lukv_scorer get_scorer(ggml_context * ctx, const kv_seq & seq, size_t i, const llama_lukv_queries::seq_view & view) const;
 
+    // K and V of the cells as the model computed them. rot_k, rot_v - the rotations of quantised ones, or nullptr
+    void build_plain(llama_lukv_scorer & s, ggml_tensor * rot_k, ggml_tensor * rot_v) const;
+
     // a slot for what the metric keeps of its queries
     void init_queries(kv_seq & seq);
 

@@ -179,11 +179,30 @@ static ggml_tensor * build_window_attention(const llama_lukv_scorer & s) {
     return ggml_soft_max_ext(s.ctx, ggml_reshape_3d(s.ctx, kq, n, n_q, s.n_gqa), s.input_f32(mask, n), scale, 0.0f);
 }
 
+// mean of each of the first n_out cells, in the order of their positions, and its neighbours among them: [n_cells]
+static ggml_tensor * pool_neighbours(const llama_lukv_scorer & s, ggml_tensor * cur, const std::vector<int32_t> & order, int64_t n_out) {
+    const int64_t n      = s.n_cells();
+    const int64_t kernel = s.params.at("kernel");
+
+    // n is a zero that stands for those that a cell does not have
+    std::vector<int32_t> neighbours(kernel*n, n);
+    for (int64_t i = 0; i < n_out; ++i) {
+        for (int64_t j = std::max<int64_t>(i - kernel/2, 0); j <= std::min(i + kernel/2, n_out - 1); ++j) {
+            neighbours[kernel*order[i] + j - i + kernel/2] = order[j];
+        }
+    }
+
+    cur = ggml_reshape_2d(s.ctx, ggml_pad(s.ctx, cur, 1, 0, 0, 0), 1, n + 1);
+    cur = ggml_get_rows(s.ctx, cur, s.input_i32(neighbours, kernel*n));
+    cur = ggml_sum_rows(s.ctx, ggml_reshape_2d(s.ctx, cur, kernel, n));
+
+    return ggml_scale(s.ctx, ggml_reshape_1d(s.ctx, cur, n), 1.0f/kernel);
+}
+
 // seen    - what the window says about each cell, nullptr for nothing [n_cells]
 // ceiling - what no element of it exceeds
 static ggml_tensor * build_window_scores(const llama_lukv_scorer & s, ggml_tensor * seen, float ceiling) {
     const int64_t n      = s.n_cells();
-    const int64_t kernel = s.params.at("kernel");
     const int64_t window = s.params.at("window");
 
     const auto order = sorted_cells(s);
@@ -206,18 +225,7 @@ static ggml_tensor * build_window_scores(const llama_lukv_scorer & s, ggml_tenso
         return s.past ? ggml_add(s.ctx, s.past, res) : res;
     }
 
-    // neighbours of each cell outside the window. n is a zero that stands for those that it does not have
-    std::vector<int32_t> neighbours(kernel*n, n);
-    for (int64_t i = 0; i < n_out; ++i) {
-        for (int64_t j = std::max<int64_t>(i - kernel/2, 0); j <= std::min(i + kernel/2, n_out - 1); ++j) {
-            neighbours[kernel*order[i] + j - i + kernel/2] = order[j];
-        }
-    }
-
-    ggml_tensor * cur = ggml_reshape_2d(s.ctx, ggml_pad(s.ctx, seen, 1, 0, 0, 0), 1, n + 1);
-    cur = ggml_get_rows(s.ctx, cur, s.input_i32(neighbours, kernel*n));
-    cur = ggml_sum_rows(s.ctx, ggml_reshape_2d(s.ctx, cur, kernel, n));
-    cur = ggml_scale(s.ctx, ggml_reshape_1d(s.ctx, cur, n), 1.0f/kernel);
+    ggml_tensor * cur = pool_neighbours(s, seen, order, n_out);
 
     // the larger of both
     if (s.past) {
@@ -372,6 +380,74 @@ static ggml_tensor * build_capkv(const llama_lukv_scorer & s) {
 }
 
 //
+// trained
+//
+
+static ggml_tensor * build_foresight(const llama_lukv_scorer & s) {
+    constexpr float LEAST_ATTENTION = 1e-7f;
+    constexpr float LEAST_SQUARE    = 1e-12f;
+
+    const int64_t n = s.n_cells();
+
+    const auto log_of = [&](ggml_tensor * t, float least) {
+        return ggml_reshape_2d(s.ctx, ggml_log(s.ctx, ggml_scale_bias(s.ctx, t, 1.0f, least)), 1, n);
+    };
+    const auto log_norm = [&](ggml_tensor * t) {
+        return ggml_scale(s.ctx, log_of(squared_norms(s, t), LEAST_SQUARE), 0.5f);
+    };
+
+    // [n_cells]
+    ggml_tensor * mean = nullptr;
+    ggml_tensor * rms  = nullptr;
+    if (s.q) {
+        ggml_tensor * attention = build_window_attention(s);
+
+        mean = mean_columns(s, attention);
+        rms  = ggml_sqrt(s.ctx, mean_columns(s, ggml_sqr(s.ctx, attention)));
+    } else {
+        mean = rms = s.input_f32(std::vector<float>(n), n);
+    }
+
+    std::vector<float> age(n);
+    for (int64_t i = 0; i < n; ++i) {
+        age[i] = std::log(float(s.pos_max - s.pos[i] + 1));
+    }
+
+    ggml_tensor * k = ggml_l2_norm(s.ctx, to_f32(s.ctx, s.k), 1e-12f);
+
+    ggml_tensor * features = ggml_reshape_2d(s.ctx, ggml_mul_mat(s.ctx, k, ggml_l2_norm(s.ctx, sum_columns(s, k), 1e-12f)), 1, n);
+    for (ggml_tensor * t : {
+            log_norm(s.k),
+            log_norm(s.v),
+            log_of(mean, LEAST_ATTENTION),
+            log_of(pool_neighbours(s, mean, sorted_cells(s), n), LEAST_ATTENTION),
+            log_of(rms, LEAST_ATTENTION),
+            s.input_f32(age, 1) }) {
+        features = ggml_concat(s.ctx, features, t, 0);
+    }
+
+    ggml_tensor * x = features;
+    for (ggml_tensor * t : { s.k_plain, s.v_plain }) {
+        x = ggml_concat(s.ctx, x, ggml_rms_norm(s.ctx, t, 1e-12f), 0);
+    }
+
+    // those of this head
+    const auto weights = [&](const std::vector<float> & data, int64_t ne0, int64_t ne1) {
+        const auto first = data.begin() + (s.il*s.n_head_kv + s.ih)*ne0*ne1;
+
+        return s.input_f32(std::vector<float>(first, first + ne0*ne1), ne0);
+    };
+    const auto & w = *s.weights;
+
+    ggml_tensor * hidden = ggml_mul_mat(s.ctx, weights(w.input, x->ne[0], w.n_hidden), x);
+    hidden = ggml_silu(s.ctx, ggml_add(s.ctx, hidden, weights(w.bias, w.n_hidden, 1)));
+
+    return ggml_add(s.ctx,
+            ggml_mul_mat(s.ctx, hidden,   weights(w.output, w.n_hidden, 1)),
+            ggml_mul_mat(s.ctx, features, weights(w.skip,   llama_lukv_weights::N_FEATURES, 1)));
+}
+
+//
 // wrapper
 //
 
@@ -425,6 +501,14 @@ static llama_lukv_needs needs_queries(const metric_params & values) {
     llama_lukv_needs res;
     res.n_future = values.at("future");
     res.q_cov    = covariance != values.end() && covariance->second > 0;
+    return res;
+}
+
+static llama_lukv_needs needs_trained(const metric_params & values) {
+    llama_lukv_needs res;
+    res.n_window = values.at("window");
+    res.plain    = true;
+    res.weights  = true;
     return res;
 }
 
@@ -483,6 +567,7 @@ static std::vector<llama_lukv_metric> make_metrics() {
         wrap_criticalkv(snapkv),
         { "curdkv", { { "block", true, 16, 0 } }, needs_nothing, build_curdkv },
         expected,
+        { "foresight", { window, kernel }, needs_trained, build_foresight },
         { "keydiff",      {}, needs_nothing, build_keydiff },
         { "knorm",        {}, needs_nothing, build_knorm },
         { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random },

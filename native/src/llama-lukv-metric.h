@@ -25,10 +25,24 @@ struct llama_lukv_needs {
     bool q_cov     = false; // and their covariance
     bool out_norms = false; // ||v W_O||_1 of each cell
     bool past      = false; // what earlier commits said about each cell
+    bool plain     = false; // K and V as the model computed them
+    bool weights   = false; // it was trained
 };
 
 // by name, as in lukv.metric.<name>
 using llama_lukv_metric_params = std::map<std::string, double>;
+
+// of a trained metric, for each head of the model, layer-major
+struct llama_lukv_weights {
+    uint32_t n_hidden = 0;
+
+    std::vector<float> input;  // [n_features + n_embd_head_k + n_embd_head_v, n_hidden] for each
+    std::vector<float> bias;   // [n_hidden]
+    std::vector<float> output; // [n_hidden]
+    std::vector<float> skip;   // [n_features]
+
+    static constexpr uint32_t N_FEATURES = 7;
+};
 
 // the cells of one head, and what was asked for
 struct llama_lukv_scorer {
@@ -42,6 +56,8 @@ struct llama_lukv_scorer {
 
     uint32_t il = 0; // layer of the model
     uint32_t ih = 0; // KV head
+
+    uint32_t n_head_kv = 1; // of a layer
 
     ggml_tensor * k = nullptr; // [n_embd_head_k, n_cells], any type
     ggml_tensor * v = nullptr; // [n_embd_head_v, n_cells]
@@ -64,6 +80,11 @@ struct llama_lukv_scorer {
     ggml_tensor * q_cov  = nullptr;  // [n_embd_head_k, n_embd_head_k, n_gqa]
 
     ggml_tensor * out_norms = nullptr; // [1, n_cells]
+
+    ggml_tensor * k_plain = nullptr; // before RoPE, F32 [n_embd_head_k, n_cells]
+    ggml_tensor * v_plain = nullptr; // F32 [n_embd_head_v, n_cells]
+
+    const llama_lukv_weights * weights = nullptr;
 
     ggml_tensor * past = nullptr; // 0 for new cells [n_cells]
     std::function<void (ggml_tensor * cur)> set_past;
@@ -97,7 +118,7 @@ public:
     ggml_tensor * build(const llama_lukv_scorer & s) const { return build_scores(s); }
 
     // tensors that build() makes, at most
-    static constexpr uint32_t N_NODES = 64;
+    static constexpr uint32_t N_NODES = 128;
 
     // nullptr if there is none of that name
     static const llama_lukv_metric * find(const std::string & name);

@@ -219,6 +219,35 @@ llama_lukv_metric_params load_metric_params(const lukv_reader & rd, const std::s
     return res;
 }
 
+std::shared_ptr<const llama_lukv_weights> load_weights(const lukv_reader & rd, size_t n_heads, uint32_t n_embd_k, uint32_t n_embd_v) {
+    auto res = std::make_shared<llama_lukv_weights>();
+
+    uint32_t n_embd_key = 0;
+    rd.require("lukv.scorer.key_length", n_embd_key);
+    rd.require("lukv.scorer.hidden",     res->n_hidden);
+    if (n_embd_key != n_embd_k) {
+        throw std::runtime_error(format("lukv.scorer.key_length is %u, but the model has keys of %u", n_embd_key, n_embd_k));
+    }
+
+    const auto require = [&](const char * key, std::vector<float> & data, size_t n) {
+        rd.require(key, data);
+        if (n == 0 || data.size() != n_heads*n) {
+            throw std::runtime_error(format("%s has %zu values, but the model and lukv.scorer.hidden ask for %zu", key, data.size(), n_heads*n));
+        }
+        for (float x : data) {
+            if (!std::isfinite(x)) {
+                throw std::runtime_error(format("%s holds %f", key, x));
+            }
+        }
+    };
+    require("lukv.scorer.input",  res->input,  size_t(res->n_hidden)*(llama_lukv_weights::N_FEATURES + n_embd_k + n_embd_v));
+    require("lukv.scorer.bias",   res->bias,   res->n_hidden);
+    require("lukv.scorer.output", res->output, res->n_hidden);
+    require("lukv.scorer.skip",   res->skip,   llama_lukv_weights::N_FEATURES);
+
+    return res;
+}
+
 } // namespace
 
 std::unique_ptr<llama_lukv_params> llama_lukv_params::load(const llama_model_loader & ml, const llama_hparams & hparams) {
@@ -268,6 +297,10 @@ std::unique_ptr<llama_lukv_params> llama_lukv_params::load(const llama_model_loa
         res->n_head_kv = hparams.n_head_kv(0);
 
         const size_t n_heads = size_t(res->n_layer)*res->n_head_kv;
+
+        if (llama_lukv_metric::find(res->metric)->needs(res->metric_params).weights) {
+            res->weights = load_weights(rd, n_heads, hparams.n_embd_head_k(), hparams.n_embd_head_v());
+        }
 
         if (!has_table) {
             res->budget.assign(n_heads, res->ratio);

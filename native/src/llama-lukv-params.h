@@ -26,6 +26,8 @@ struct llama_lukv_params {
     std::string              metric = "keydiff";
     llama_lukv_metric_params metric_params;
 
+    std::shared_ptr<const llama_lukv_weights> weights; // of a trained metric
+
     uint32_t n_layer   = 0;
     uint32_t n_head_kv = 0;
 
