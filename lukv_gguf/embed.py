@@ -124,6 +124,8 @@ def embed_model(
         profile = _read_profile(profile_path, metric, header)
         chosen = metrics.get(profile.metric, scorer, **profile.metric_params)
         metrics.require_native(chosen)
+    if policy not in chosen.policies:
+        raise LukvError(f"metric {chosen.name} needs the policy {' or '.join(chosen.policies)} (--policy), not {policy}")
     chosen.check_model(*metadata.model_shape(header), *metadata.head_sizes(header))
     if profile_path is not None:
         if chosen.trained and profile.provenance.get("scorer") != chosen.weights_digest:

@@ -197,7 +197,7 @@ def profile_metrics(
         prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol)
         end_tokens = tokenizer.end_tokens
         chunk = max(metric.needs.chunk for metric in chosen_metrics)
-        replays = _replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
+        replays = make_replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
     n_token = len(prefix)
     for metric in chosen_metrics:
         metric.check_model(model.config.n_layer, model.config.n_head_kv, model.config.d_key, model.config.d_value)
@@ -531,8 +531,23 @@ def _tokenize(
     return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes
 
 
-def _replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int) -> list[Replay]:
-    """Requests to repeat the context part by part, each with the part as its answer. The template is not repeated."""
+def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int) -> list[Replay]:
+    """Requests to repeat the context part by part, each with the part as its answer. The template is not repeated.
+
+    Parameters
+    ----------
+    prefix
+        The context, which begins as a user's message in the chat template does.
+    chunk
+        Tokens of a part.
+    n_context_train
+        Tokens that context and request may have together.
+
+    Raises
+    ------
+    LukvError
+        They are more.
+    """
     before, after = tokenizer.frame_user_message()
     n_template = len(tokenizer.begin_tokens(before))
     replays = []
@@ -546,7 +561,7 @@ def _replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_trai
         replays.append(Replay(request + part, start, start + len(part)))
     if len(prefix) + max((len(replay.tokens) for replay in replays), default=0) > n_context_train:
         raise LukvError(
-            f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} of the model; "
+            f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} that fit; "
             "take a shorter context (--n-context) or smaller parts (kvzip:chunk=…)"
         )
     return replays

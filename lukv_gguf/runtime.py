@@ -7,6 +7,7 @@ Works on a ``llama_cpp.Llama`` (or a raw ``llama_context_p``) of the patched bui
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -76,6 +77,10 @@ def _library() -> ctypes.CDLL:
             [context, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
         ),
         "commit": (ctypes.c_bool, [context]),
+        "seq_kvzip": (
+            ctypes.c_int32,
+            [context, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_int32, ctypes.c_int32],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, f"llama_lukv_{name}")
@@ -190,6 +195,62 @@ def commit(llama: Any) -> None:
     _require_enabled(llama)
     if not _library().llama_lukv_commit(_context(llama)):
         raise LukvError("llama.cpp could not evict: see its log for the reason")
+
+
+def kvzip(llama: Any, chunk: int = 2048, sequence: int = 0) -> None:
+    """Let the model repeat the context that it has cached, and evict by what it looked at: KVzip.
+
+    The context is what a `llama_cpp.Llama` has read since its last reset, the beginning of a user's message in the chat
+    template; the file must say metric ``kvzip`` and policy ``prefill``. Afterwards, questions about the context can
+    follow. It takes as long as reading the context once more, and `n_ctx` needs room for a part and the request.
+
+    Parameters
+    ----------
+    chunk
+        Tokens that are repeated at a time.
+
+    Raises
+    ------
+    LukvError
+        Another metric, no context, no room, or it was evicted already.
+
+    References
+    ----------
+    Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416.
+    """
+    from lukv_gguf.profile import make_replays
+    from lukv_gguf.reference import Tokenizer
+
+    _require_enabled(llama)
+    tokens = llama.input_ids[: llama.n_tokens].tolist()
+    with Tokenizer(llama.model_path) as tokenizer:
+        replays = make_replays(tokenizer, tokens, chunk, llama.n_ctx())
+    if not replays:
+        raise LukvError("there is no context that could be repeated: read one first")
+    for replay in replays:
+        record_repetition(llama, replay.tokens, replay.start, replay.end, sequence)
+    commit(llama)
+
+
+def record_repetition(llama: Any, tokens: Sequence[int], start: int, end: int, sequence: int = 0) -> None:
+    """Read tokens that repeat the positions start ... end - 1 of a cached context, and score these by what was looked at.
+
+    One step of `kvzip`. The sequence is left as it was; `commit` then evicts.
+
+    Raises
+    ------
+    LukvError
+        Another metric, no such positions, no room, or the sequence was evicted already.
+    """
+    _require_enabled(llama)
+    array = (ctypes.c_int32 * len(tokens))(*tokens)
+    status = _library().llama_lukv_seq_kvzip(_context(llama), sequence, array, len(tokens), start, end)
+    if status:
+        raise LukvError({
+            -1: "the cache ranks by another metric: embed kvzip (lukv-gguf embed --metric kvzip --policy prefill)",
+            -2: f"sequence {sequence} has no whole context with the positions {start} to {end - 1}: it was evicted, or is shorter",
+            -3: f"llama.cpp could not read {len(tokens)} more tokens behind the context: see its log; is n_ctx too small?",
+        }[status])  # fmt: skip
 
 
 def _require_enabled(llama: Any) -> None:

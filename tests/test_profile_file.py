@@ -127,7 +127,7 @@ class TestEngines:
 
     def test_kvzip_needs_room(self, tmp_path: Path) -> None:
         small = write_tiny(tmp_path / "small.gguf", n_ctx=300, chat_template=CHAT_TEMPLATE).path
-        with pytest.raises(LukvError, match="more than the 300 of the model; take a shorter context"):
+        with pytest.raises(LukvError, match="more than the 300 that fit; take a shorter context"):
             make(small, ("kvzip",))
 
     def test_a_small_model_is_held_in_memory(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

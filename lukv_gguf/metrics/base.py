@@ -178,6 +178,8 @@ class Metric(ABC):
         Whether the native cache has it. Without, it ranks in profiles and nowhere else.
     trained : bool
         Whether it needs a scorer that was trained for the model.
+    policies : tuple of str
+        Policies of the native cache that it works with.
     defaults : mapping
         Its parameters. The type of a default, int or float, is the type of the parameter.
     minima : mapping
@@ -199,6 +201,7 @@ class Metric(ABC):
     cost: ClassVar[str]
     native: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    policies: ClassVar[tuple[str, ...]] = ("capacity", "prefill")
     defaults: ClassVar[Params] = {}
     minima: ClassVar[Params] = {}
 

@@ -15,6 +15,8 @@ class KVZip(Metric):
     The model is asked to repeat its context, and the context is its answer, in chunks. While a chunk is repeated, the
     softmax runs over the protected tokens at the start, the chunk and the repetition itself.
 
+    The native cache does it when it is asked to, `lukv_gguf.runtime.kvzip`, on a context that it holds as a whole.
+
     Parameters: ``chunk``, tokens that are repeated at a time.
 
     References
@@ -25,6 +27,8 @@ class KVZip(Metric):
     name = "kvzip"
     summary = "what the model attends to when it repeats its context"
     cost = "reading the context a second time"
+    native = True
+    policies: ClassVar = ("prefill",)
     defaults: ClassVar = {"chunk": 2048}
     minima: ClassVar = {"chunk": 1}
 

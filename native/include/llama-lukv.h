@@ -56,6 +56,18 @@ extern "C" {
     // returns false if the computation failed; the cache is then unchanged
     LLAMA_API bool llama_lukv_commit(struct llama_context * ctx);
 
+    // KVzip (https://arxiv.org/abs/2505.23416), for models with the metric "kvzip" and the policy "prefill"
+    //
+    // Reads n_tokens tokens behind a cached context, e.g. a request to repeat its positions [p0, p1) and these tokens again, and
+    // records the largest attention that each of these cells receives: its score. Afterwards the tokens are removed, the sequence
+    // is what it was. Call it for one part of the context after the other, then llama_lukv_commit(), which evicts by the scores;
+    // cells outside of all parts have 0. The context (n_ctx) needs room for the tokens meanwhile. Logits are lost.
+    // returns 0, or with a line in the log
+    //   -1 - another metric, or an ordinary cache
+    //   -2 - no such positions, or the sequence was evicted already
+    //   -3 - no room, or the computation failed
+    LLAMA_API int32_t llama_lukv_seq_kvzip(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, llama_pos p0, llama_pos p1);
+
 #ifdef __cplusplus
 }
 #endif

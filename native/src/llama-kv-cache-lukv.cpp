@@ -1141,7 +1141,7 @@ bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
 
     // the first token that is generated ends the prompt
     for (llama_seq_id id : ids) {
-        if (prefill && n == 1 && seqs.count(id) > 0 && !end_prefill(seqs.at(id))) {
+        if (prefill && n == 1 && seqs.count(id) > 0 && !seqs.at(id).is_repeating && !end_prefill(seqs.at(id))) {
             return false;
         }
     }
@@ -1208,6 +1208,10 @@ bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
 bool llama_kv_cache_lukv::end_prefill(kv_seq & seq) {
     if (seq.prefill_done) {
         return true;
+    }
+    if (needs.repeated && !seq.is_recorded) {
+        LLAMA_LOG_ERROR("%s: LU-KV evicts by %s only after the context was repeated, see llama_lukv_seq_kvzip()\n", __func__, params.metric.c_str());
+        return false;
     }
 
     if (!evict({ { &seq, params.get_n_cells(seq.n_tokens()) } })) {
@@ -1794,6 +1798,104 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     }
 
     return res;
+}
+
+bool llama_kv_cache_lukv::begin_repetition(llama_context * lctx, llama_seq_id seq_id) {
+    this->lctx = lctx;
+
+    auto & seq = seqs.at(seq_id);
+
+    // nothing is said about new cells, and none is new from now on
+    if (!compact() || !evict({ { &seq, n_cells_of(seq) } })) {
+        return false;
+    }
+    seq.is_repeating = true;
+
+    return true;
+}
+
+void llama_kv_cache_lukv::end_repetition(llama_seq_id seq_id, bool recorded) {
+    auto & seq = seqs.at(seq_id);
+
+    seq.is_repeating = false;
+    seq.is_recorded  = seq.is_recorded || recorded;
+}
+
+bool llama_kv_cache_lukv::record(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos pos_first, llama_pos pos_end) {
+    const auto & seq = seqs.at(seq_id);
+
+    commit_graph graph(*this, 48*n_heads() + 8*params.n_layer + 64);
+
+    auto * ctx = graph.ctx.get();
+
+    const auto input_f32 = [&](const std::vector<float>   & data, int64_t ne0) { return graph.input(GGML_TYPE_F32, data, ne0); };
+    const auto input_i32 = [&](const std::vector<int32_t> & data, int64_t ne0) { return graph.input(GGML_TYPE_I32, data, ne0); };
+
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        const auto & layer = kv.layers[l];
+        const auto   view  = queries->build_view(ctx, input_i32, seq.queries, layer.il, nullptr);
+
+        // queries of this batch
+        const int64_t i_q = std::lower_bound(view.pos.begin(), view.pos.end(), pos_first) - view.pos.begin();
+        const int64_t n_q = view.pos.size() - i_q;
+
+        for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+            llama_lukv_scorer s = get_scorer(ctx, seq, l*params.n_head_kv + ih, view);
+
+            // the softmax runs over the part that is repeated, the sinks before it, and the repetition
+            std::vector<int32_t> rows;
+            for (const auto & [first, last] : { std::pair(p0, p1), std::pair(seq.pos_min, std::min(p0, seq.pos_min + (llama_pos) params.sink)),
+                    std::pair(pos_end, std::numeric_limits<llama_pos>::max()) }) {
+                for (int64_t i = 0; i < s.n_cells(); ++i) {
+                    if (s.pos[i] >= first && s.pos[i] < last) {
+                        rows.push_back(i);
+                    }
+                }
+            }
+            const int64_t n      = rows.size();
+            const int64_t n_part = std::count_if(s.pos.begin(), s.pos.end(), [&](llama_pos pos) { return pos >= p0 && pos < p1; });
+
+            std::vector<float> mask(n*n_q);
+            for (int64_t j = 0; j < n_q; ++j) {
+                for (int64_t i = 0; i < n; ++i) {
+                    mask[j*n + i] = s.pos[rows[i]] > view.pos[i_q + j] ? -INFINITY : 0.0f;
+                }
+            }
+            const std::vector<int32_t> rows_part(rows.begin(), rows.begin() + n_part);
+
+            ggml_tensor * k = ggml_get_rows(ctx, s.k, input_i32(rows, n));
+            ggml_tensor * q = ggml_view_3d(ctx, s.q, s.q->ne[0], s.n_gqa, n_q, s.q->nb[1], s.q->nb[2], i_q*s.q->nb[2]);
+
+            q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_embd, n_q, n_gqa]
+
+            ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_reshape_2d(ctx, q, q->ne[0], n_q*s.n_gqa));
+
+            float scale = s.kq_scale;
+            if (s.soft_cap > 0.0f) {
+                kq    = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/s.soft_cap)), s.soft_cap);
+                scale = 1.0f;
+            }
+            kq = ggml_soft_max_ext(ctx, ggml_reshape_3d(ctx, kq, n, n_q, s.n_gqa), input_f32(mask, n), scale, 0.0f);
+            kq = ggml_reshape_2d(ctx, kq, n, n_q*s.n_gqa);
+
+            // the largest of each cell: [1, n_part]
+            kq = ggml_cont(ctx, ggml_transpose(ctx, ggml_view_2d(ctx, kq, n_part, kq->ne[1], kq->nb[1], 0)));
+
+            ggml_tensor * largest = ggml_get_rows(ctx, ggml_reshape_3d(ctx, kq, 1, kq->ne[0], n_part),
+                    ggml_reshape_2d(ctx, ggml_argmax(ctx, kq), 1, n_part));
+            largest = ggml_reshape_2d(ctx, largest, 1, n_part);
+
+            // the larger of it and what is known
+            ggml_tensor * past = ggml_reshape_2d(ctx, s.past, 1, s.n_cells());
+            ggml_tensor * part = input_i32(rows_part, n_part);
+            ggml_tensor * old  = ggml_get_rows(ctx, past, part);
+
+            largest = ggml_add(ctx, old, ggml_relu(ctx, ggml_sub(ctx, largest, old)));
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, past, largest, part));
+        }
+    }
+
+    return graph.compute("attention of a repetition");
 }
 
 void llama_kv_cache_lukv::build_plain(llama_lukv_scorer & s, ggml_tensor * rot_k, ggml_tensor * rot_v) const {
@@ -2425,7 +2527,7 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
         // for all sequences together only: one of them may find others beside it when it is restored
         write_val<uint32_t>(io, seq_id < 0 ? seq.quota  : 0);
         write_val<uint32_t>(io, seq_id < 0 ? seq.n_room : 0);
-        write_val<uint32_t>(io, seq.prefill_done);
+        write_val<uint32_t>(io, seq.prefill_done + 2*seq.is_recorded);
 
         write_pos(io, seq.pos_recent);
         for (const auto & seg : seq.segs) {
@@ -2523,7 +2625,9 @@ llama_kv_cache_lukv::kv_seq llama_kv_cache_lukv::state_read_seq(llama_io_read_i 
     res.pos_max      = read_val<llama_pos>(io);
     res.quota        = read_val<uint32_t>(io);
     res.n_room       = read_val<uint32_t>(io);
-    res.prefill_done = read_val<uint32_t>(io);
+    const uint32_t flags = read_val<uint32_t>(io);
+    res.prefill_done = flags & 1;
+    res.is_recorded  = flags & 2;
     res.has_holes    = true; // perhaps
 
     if (res.pos_min < 0 || res.pos_max < res.pos_min || res.quota > kv_size || res.n_room > n_room_all) {
@@ -2809,6 +2913,11 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
         return format("the metric %s is not supported for the architecture %s yet", model.lukv->metric.c_str(), llm_arch_name(model.arch));
     }
 
+    // layers with a window would forget what the repetition pushes out of it
+    if (needs.repeated && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return format("the metric %s is not supported for sliding windows", model.lukv->metric.c_str());
+    }
+
     if (hparams.use_alibi || hparams.n_pos_per_embd() > 1 || hparams.n_layer_nextn > 0 || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "this kind of model or context is not supported";
     }
@@ -2954,4 +3063,49 @@ int32_t llama_lukv_seq_get_positions(const llama_context * ctx, llama_seq_id seq
 bool llama_lukv_commit(llama_context * ctx) {
     auto * kv = get_lukv(ctx);
     return kv ? kv->commit(ctx) : true;
+}
+
+int32_t llama_lukv_seq_kvzip(llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, llama_pos p0, llama_pos p1) {
+    auto * kv = get_lukv(ctx);
+    if (!kv || !kv->get_needs().repeated) {
+        LLAMA_LOG_ERROR("%s: this is for the metric kvzip, but the cache ranks by %s\n", __func__, kv ? kv->get_params().metric.c_str() : "none");
+        return -1;
+    }
+
+    const llama_pos pos_end = kv->seq_pos_max(seq_id) + 1;
+    if (!tokens || n_tokens < 1 || p0 < std::max(kv->seq_pos_min(seq_id), 0) || p0 >= p1 || p1 > pos_end) {
+        LLAMA_LOG_ERROR("%s: the sequence %d has the positions [%d, %d), the repetition has %d tokens and is about [%d, %d)\n", __func__,
+                seq_id, kv->seq_pos_min(seq_id), pos_end, n_tokens, p0, p1);
+        return -2;
+    }
+    if (kv->is_evicted(seq_id)) {
+        LLAMA_LOG_ERROR("%s: the sequence %d was evicted already\n", __func__, seq_id);
+        return -2;
+    }
+    if (!kv->begin_repetition(ctx, seq_id)) {
+        return -3;
+    }
+
+    const int32_t n_batch = kv->get_queries().needs.n_window;
+
+    bool ok = true;
+
+    llama_batch batch = llama_batch_init(n_batch, 0, 1);
+    for (int32_t first = 0; ok && first < n_tokens; first += n_batch) {
+        batch.n_tokens = std::min(n_batch, n_tokens - first);
+        for (int32_t i = 0; i < batch.n_tokens; ++i) {
+            batch.token   [i]    = tokens[first + i];
+            batch.pos     [i]    = pos_end + first + i;
+            batch.n_seq_id[i]    = 1;
+            batch.seq_id  [i][0] = seq_id;
+            batch.logits  [i]    = false;
+        }
+        ok = llama_decode(ctx, batch) == 0 && kv->record(seq_id, p0, p1, pos_end + first, pos_end);
+    }
+    llama_batch_free(batch);
+
+    kv->seq_rm(seq_id, pos_end, -1);
+    kv->end_repetition(seq_id, ok);
+
+    return ok ? 0 : -3;
 }

@@ -95,6 +95,7 @@ public:
     //
 
     const llama_lukv_params & get_params() const { return params; }
+    const llama_lukv_needs  & get_needs()  const { return needs; }
 
     // layers of the model that have cells here
     bool     has_layer  (int32_t il) const { return map_layer_ids.count(il) > 0; }
@@ -120,8 +121,19 @@ public:
     // positions that a head of a sequence can attend to, ascending
     std::vector<llama_pos> get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const;
 
+    // policy prefill: true if the prompt has been evicted
+    bool is_evicted(llama_seq_id seq_id) const { return seqs.count(seq_id) > 0 && seqs.at(seq_id).prefill_done; }
+
     // bring every head of every sequence down to its budget. nothing changes if it fails
     bool commit(llama_context * lctx);
+
+    // for a metric on a repetition of the context: the tokens from pos_first on, of the last batch, repeat the positions [p0, p1)
+    // what they attend to there is recorded
+    bool record(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos pos_first, llama_pos pos_end);
+
+    // while it lasts, the sequence evicts nothing
+    bool begin_repetition(llama_context * lctx, llama_seq_id seq_id);
+    void end_repetition  (llama_seq_id seq_id, bool recorded);
 
     // ubatches that this cache can take: tokens of one sequence, or as many of several ones.
     // empty if the batch does not fit
@@ -238,6 +250,8 @@ private:
 
         bool has_holes    = false; // some of the positions are -1
         bool prefill_done = false; // policy prefill: the prompt has been evicted, from now on everything is kept
+        bool is_repeating = false; // for the metric: the prompt goes on although single tokens come
+        bool is_recorded  = false; // the metric knows what a repetition attended to
 
         uint32_t n_tokens() const { return pos_max < 0 ? 0 : pos_max - pos_min + 1; }
     };

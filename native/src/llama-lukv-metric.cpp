@@ -448,6 +448,14 @@ static ggml_tensor * build_foresight(const llama_lukv_scorer & s) {
 }
 
 //
+// metrics on a second pass
+//
+
+static ggml_tensor * build_kvzip(const llama_lukv_scorer & s) {
+    return ggml_dup(s.ctx, s.past);
+}
+
+//
 // wrapper
 //
 
@@ -501,6 +509,14 @@ static llama_lukv_needs needs_queries(const metric_params & values) {
     llama_lukv_needs res;
     res.n_future = values.at("future");
     res.q_cov    = covariance != values.end() && covariance->second > 0;
+    return res;
+}
+
+static llama_lukv_needs needs_repetition(const metric_params &) {
+    llama_lukv_needs res;
+    res.n_window = 128; // tokens that are repeated in one batch
+    res.past     = true;
+    res.repeated = true;
     return res;
 }
 
@@ -570,6 +586,7 @@ static std::vector<llama_lukv_metric> make_metrics() {
         { "foresight", { window, kernel }, needs_trained, build_foresight },
         { "keydiff",      {}, needs_nothing, build_keydiff },
         { "knorm",        {}, needs_nothing, build_knorm },
+        { "kvzip",        { { "chunk", true, 2048, 1 } }, needs_repetition, build_kvzip },
         { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random },
         snapkv,
         { "streamingllm", {}, needs_nothing, build_streamingllm },

@@ -27,6 +27,7 @@ struct llama_lukv_needs {
     bool past      = false; // what earlier commits said about each cell
     bool plain     = false; // K and V as the model computed them
     bool weights   = false; // it was trained
+    bool repeated  = false; // past is what a repetition of the context showed: nothing is evicted without
 };
 
 // by name, as in lukv.metric.<name>

@@ -293,6 +293,10 @@ std::unique_ptr<llama_lukv_params> llama_lukv_params::load(const llama_model_loa
             throw std::runtime_error(format("lukv.policy is '%s', but must be 'capacity' or 'prefill'", policy.c_str()));
         }
 
+        if (llama_lukv_metric::find(res->metric)->needs(res->metric_params).repeated && res->policy != LLAMA_LUKV_POLICY_PREFILL) {
+            throw std::runtime_error(format("lukv.policy is '%s', but the metric %s needs 'prefill'", policy.c_str(), res->metric.c_str()));
+        }
+
         res->n_layer   = hparams.n_layer_all;
         res->n_head_kv = hparams.n_head_kv(0);
 
