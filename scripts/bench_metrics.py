@@ -3,7 +3,8 @@
     python scripts/bench_metrics.py MODEL.gguf [--tokens 8192] [--ratio 0.2] [--metric snapkv]
 
 Uniform budgets, f16 K and V. "select" is the computation of the scores (with the norms behind W_O) and the selection, "move"
-that of the surviving cells. What a metric keeps of the queries is computed with the model: it is in the time of the prompt.
+that of the surviving cells. What a metric keeps of the queries is computed with the model: it is in the time of the prompt. A
+trained metric gets weights by chance, which cost the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,8 +22,23 @@ import numpy as np
 
 from lukv_gguf import metrics, runtime
 from lukv_gguf.calibration import load_default
+from lukv_gguf.embed import blank_profile, build_metadata
+from lukv_gguf.gguf_header import read_header
+from lukv_gguf.metadata import embed, head_sizes, model_shape
+from lukv_gguf.scorer import FEATURES, Scorer
 
 _COMMIT = re.compile(r"recent cells, selection ([\d.]+) ms, moves ([\d.]+) ms")
+
+
+def with_scorer(model: Path, metric: metrics.Metric, folder: str) -> Path:
+    """A copy of the model with 16 hidden units for each head."""
+    header, random = read_header(model), np.random.default_rng(0)
+    heads, sizes = model_shape(header), head_sizes(header)
+    shapes = (16, len(FEATURES) + sum(sizes)), (16,), (16,), (len(FEATURES),)
+    scorer = Scorer(*(random.standard_normal((*heads, *shape)) / 16 for shape in shapes), d_key=sizes[0], params=metric.params)
+    path = Path(folder) / "scorer.gguf"
+    embed(model, path, build_metadata(blank_profile(metric, heads, {}), blend=0.0, allocation="uniform", scorer=scorer))
+    return path
 
 
 @click.command()
@@ -41,10 +58,12 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
         if found := _COMMIT.search(text.decode(errors="replace")):
             commits.append((float(found[1]), float(found[2])))
 
-    for text in names or [name for name in metrics.names() if metrics.get(name).native]:
+    folder = tempfile.TemporaryDirectory(dir=model.resolve().parent)
+    known = map(metrics.get, metrics.names())
+    for text in names or [metric.name for metric in known if metric.native and "capacity" in metric.policies]:
         metric = metrics.parse(text)
         llama = llama_cpp.Llama(
-            model_path=str(model),
+            model_path=str(with_scorer(model, metric, folder.name) if metric.trained else model),
             kv_overrides={
                 "lukv.ratio": ratio,
                 "lukv.metric": metric.name,
@@ -83,6 +102,7 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
             )
         )
         llama.close()
+    folder.cleanup()
 
 
 if __name__ == "__main__":

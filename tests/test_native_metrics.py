@@ -30,7 +30,7 @@ from lukv_gguf.metadata import embed
 from lukv_gguf.reference import ReferenceModel
 from lukv_gguf.reference.bounded import BoundedDecoder, BoundedSequences, cells_for
 
-NATIVE = [name for name in metrics.names() if metrics.get(name).native]
+NATIVE = [name for name in metrics.names() if metrics.get(name).native and "capacity" in metrics.get(name).policies]
 CARRYING = ["snapkv:carry=1", "criticalkv-cake:carry=1"]
 SMALL = {"window": 16, "future": 64, "seed": 3}  # of the parameters that a metric has
 N_VOCAB = 900
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def small(text: str, tiny: TinyModel) -> metrics.Metric:
     given = metrics.parse(text)
     params = {**given.params, **{key: SMALL[key] for key in SMALL if key in given.params}}
-    return metrics.get(given.name, random_scorer(tiny, SMALL["window"]) if given.trained else None, **params)
+    return metrics.get(given.name, random_scorer(tiny.n_layer, tiny.n_head_kv, tiny.d_head, SMALL["window"]), **params)
 
 
 def keys_of(metric: metrics.Metric) -> dict:

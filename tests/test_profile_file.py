@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scorers import random_scorer
 from tiny_gguf import CHAT_TEMPLATE, write_tiny
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from lukv_gguf.allocation import apply_floor_and_blend
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metadata import read_metadata
 from lukv_gguf.metrics import LayerState, Metric, Needs
+from lukv_gguf.metrics.kvzip import KVZip
 from lukv_gguf.profile import Profile, Protocol, profile_metrics
 from lukv_gguf.profile_file import export_curve, import_curve, load_profiles, save_profiles
 
@@ -54,12 +56,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny.gguf", n_layer=4, chat_template=CHAT_TEMPLATE).path
 
 
+SCORER = random_scorer(4, 2, 16)
+
+
 def make(model: Path, names: tuple[str, ...] = ("keydiff", "last-queries"), **changes: Any) -> dict[str, Profile]:
     protocol = {"n_context": 200, "max_new_tokens": 5, "engine": "llama"}
     keywords = {key: changes.pop(key) for key in ("checkpoint", "start_over", "progress") if key in changes}
     return profile_metrics(
         model,
-        [metrics.get(name) for name in names],
+        [metrics.get(name, SCORER) for name in names],
         context=CONTEXT,
         questions=QUESTIONS,
         protocol=Protocol(**{**protocol, **changes}),
@@ -402,9 +407,14 @@ class TestCommands:
                 np.testing.assert_allclose(of_layers, 0.2, atol=5e-3)
             assert (meta.budget.std() > 1e-3) == (allocation != "uniform")
 
-    def test_a_metric_of_profiles_only_is_not_embedded(self, model: Path, tmp_path: Path) -> None:
+    def test_a_metric_that_the_cache_cannot_use_is_not_embedded(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         output = tmp_path / "p.npz"
         save_profiles(output, make(model, ("kvzip",)))
+        for options in (("--metric", "kvzip"), ("--profile", output), ("--metric", "kvzip", "--allocation", "uniform")):
+            assert_error(run("embed", model, "-o", tmp_path / "m.gguf", *options), "metric kvzip needs the policy prefill")
+        monkeypatch.setattr(KVZip, "native", False)
         for options in (("--metric", "kvzip"), ("--profile", output), ("--metric", "kvzip", "--allocation", "uniform")):
             assert_error(run("embed", model, "-o", tmp_path / "m.gguf", *options), "kvzip ranks in profiles only")
         assert not (tmp_path / "m.gguf").exists()

@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def scorer(tiny: TinyModel) -> Scorer:
-    return random_scorer(tiny, WINDOW)
+    return random_scorer(3, 2, 16, WINDOW)
 
 
 def run(*arguments: object) -> Result:
@@ -233,7 +233,7 @@ def test_from_training_to_the_embedded_model(tiny: TinyModel, text: tuple[Path, 
     assert meta.metric == "foresight" and meta.metric_params == scorer.params and meta.scorer.digest == scorer.digest
 
     other = tmp_path / "other.npz"
-    save_scorer(other, random_scorer(tiny, window=8))
+    save_scorer(other, random_scorer(3, 2, 16, window=8))
     for wrong, message in (
         (("--metric", "foresight", "--scorer", other), "made with another scorer"),
         (("--metric", "foresight"), "needs a scorer"),
