@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lukv_gguf import __version__, calibration, defaults, metadata
+from lukv_gguf import scorer as scorer_module
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import GgufHeader, check_writable, missing_shards, name_beside, read_header
 from lukv_gguf.metadata import LukvMetadata
@@ -116,7 +117,7 @@ def embed_model(
 
     scorer = None if scorer_path is None else load_scorer(scorer_path)
     if metric is not None or profile_path is None:
-        chosen = metrics.parse_list(metric or defaults.METRIC, scorer)[0]
+        chosen = metrics.parse(metric or defaults.METRIC, scorer)
         metrics.require_native(chosen)
 
     checkpoint = None
@@ -126,10 +127,10 @@ def embed_model(
         metrics.require_native(chosen)
     if policy not in chosen.policies:
         raise LukvError(f"metric {chosen.name} needs the policy {' or '.join(chosen.policies)} (--policy), not {policy}")
-    chosen.check_model(*metadata.model_shape(header), *metadata.head_sizes(header))
-    if profile_path is not None:
-        if chosen.trained and profile.provenance.get("scorer") != chosen.weights_digest:
-            raise LukvError(f"{profile_path}: made with another scorer than {scorer_path}")
+    if chosen.trained:
+        chosen.check_model(*metadata.model_shape(header), *metadata.head_sizes(header))
+    elif scorer is not None:
+        raise LukvError(f"{scorer_path}: a scorer is for a trained metric, {chosen.name} is none")
     elif allocation in ("uniform", "pyramidkv"):
         profile = blank_profile(chosen, metadata.model_shape(header), protocol)
     else:
@@ -206,7 +207,18 @@ def build_metadata(
     allocation: str = defaults.ALLOCATION,
     scorer: Scorer | None = None,
 ) -> LukvMetadata:
-    """The record to embed for a profile, with the scorer of a trained metric; parameters as in :func:`embed_model`."""
+    """The record to embed for a profile, with the scorer of a trained metric; parameters as in :func:`embed_model`.
+
+    Raises
+    ------
+    LukvError
+        The metric needs another scorer, or has none.
+    """
+    if profile.metric == scorer_module.METRIC:
+        if scorer is None:
+            raise LukvError(f"the metric {profile.metric} needs a scorer: train one with lukv-gguf train-scorer")
+        if profile.provenance.get("scorer", scorer.digest) != scorer.digest:
+            raise LukvError(f"the profile of {profile.metric} was made with another scorer")
     return LukvMetadata(
         ratio=ratio,
         metric=profile.metric,

@@ -531,7 +531,7 @@ def _tokenize(
     return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes
 
 
-def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int) -> list[Replay]:
+def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int | None = None) -> list[Replay]:
     """Requests to repeat the context part by part, each with the part as its answer. The template is not repeated.
 
     Parameters
@@ -541,7 +541,7 @@ def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_
     chunk
         Tokens of a part.
     n_context_train
-        Tokens that context and request may have together.
+        Tokens that context and request may have together, if there is a limit.
 
     Raises
     ------
@@ -559,7 +559,8 @@ def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_
             request = tokenizer.encode("\n\nRepeat the text above, word for word, from here on: ")
             request += prefix[max(n_template, start - _REPLAY_OVERLAP) : start] + tokenizer.encode(after)
         replays.append(Replay(request + part, start, start + len(part)))
-    if len(prefix) + max((len(replay.tokens) for replay in replays), default=0) > n_context_train:
+    longest = max((len(replay.tokens) for replay in replays), default=0)
+    if n_context_train is not None and len(prefix) + longest > n_context_train:
         raise LukvError(
             f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} that fit; "
             "take a shorter context (--n-context) or smaller parts (kvzip:chunk=…)"

@@ -30,6 +30,8 @@ from lukv_gguf import __version__
 from lukv_gguf.errors import UNREADABLE_RECORD, LukvError
 from lukv_gguf.gguf_header import replacing
 
+METRIC = "foresight"
+"""The metric that scorers are for."""
 FORMAT, VERSION = "lukv-scorer", 1
 FEATURES = ("key_cosine", "key_norm", "value_norm", "attention", "attention_pooled", "attention_rms", "age")
 """What a scorer sees of a cell besides its key and value; `lukv_gguf.metrics.foresight` computes them."""

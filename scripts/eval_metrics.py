@@ -1,7 +1,7 @@
 """Needle questions for several metrics, under both policies: what scoring chunk by chunk costs against scoring once.
 
     lukv-gguf profile MODEL.gguf -o PROFILE --metric snapkv,expectedattention
-    python scripts/eval_metrics.py MODEL.gguf PROFILE --metric snapkv --metric expectedattention [--ratio 0.2]
+    python scripts/eval_metrics.py MODEL.gguf PROFILE --metric snapkv --metric expectedattention [--ratio 0.2] [--scorer SCORER]
 
 Every question is asked after its context was cached. The score is the share of right numbers; uniform budgets and those of
 the profile (with the default blend) beside each other.
@@ -24,12 +24,14 @@ from lukv_gguf.evaluate.needles import Method, ask, make_contexts
 from lukv_gguf.metadata import embed
 from lukv_gguf.profile_file import choose_profile
 from lukv_gguf.reference.tokenizer import Tokenizer
+from lukv_gguf.scorer import load_scorer
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--metric", "texts", multiple=True, required=True, help="NAME[:PARAM=VALUE]…, may be given again.")
+@click.option("--scorer", "scorer_path", type=click.Path(path_type=Path), help="Weights of the metric foresight.")
 @click.option("--ratio", default=0.2, show_default=True)
 @click.option("--allocation", "allocations", multiple=True, default=["uniform", "lukv"], show_default=True)
 @click.option("--policy", "policies", multiple=True, default=["prefill", "capacity"], show_default=True)
@@ -39,22 +41,29 @@ from lukv_gguf.reference.tokenizer import Tokenizer
 @click.option("--ubatch", "n_ubatch", default=256, show_default=True, help="Tokens that are scored together under capacity.")
 @click.option("--threads", "n_threads", default=2, show_default=True)
 @click.option("--full/--no-full", default=True, show_default=True, help="Also ask the full cache.")
-def main(model: Path, profile: Path, texts: list[str], ratio: float, allocations: list[str], policies: list[str],
+def main(model: Path, profile: Path, texts: list[str], scorer_path: Path | None, ratio: float, allocations: list[str], policies: list[str],
          n_contexts: int, n_needles: int, n_tokens: int, n_ubatch: int, n_threads: int, full: bool) -> None:
     """Print one JSON object for each method."""
     try:
+        scorer = None if scorer_path is None else load_scorer(scorer_path)
         with Tokenizer(model) as tokenizer:
             contexts = list(make_contexts(tokenizer.encode, n_contexts, n_needles, n_tokens))
         with tempfile.TemporaryDirectory(dir=profile.parent) as folder:
             methods = [Method("full", model, {})] if full else []
             for i, (text, name) in enumerate((text, name) for text in texts for name in allocations):
-                metric = metrics.parse(text)
+                metric = metrics.parse(text, scorer)
                 found = choose_profile(profile, metric.name).allocated(name)
                 blend = defaults.BLEND if name == "lukv" else 0.0
-                meta = build_metadata(replace(found, metric_params=metric.params), ratio=ratio, blend=blend)
+                found = replace(found, metric_params=metric.params)
+                weights = scorer if metric.trained else None
+                meta = build_metadata(found, ratio=ratio, policy=metric.policies[0], blend=blend, scorer=weights)
                 path = Path(folder) / f"{i}.gguf"
                 embed(model, path, meta)
-                methods += [Method(f"{text}, {name}, {policy}", path, {"lukv.policy": policy}) for policy in policies]
+                methods += [
+                    Method(f"{text}, {name}, {policy}", path, {"lukv.policy": policy}, int(metric.needs.chunk))
+                    for policy in policies
+                    if policy in metric.policies
+                ]
             for method in methods:
                 right = np.concatenate(ask(method, contexts, n_ubatch=n_ubatch, n_threads=n_threads))
                 click.echo(json.dumps({"method": method.name, "right": float(right.mean()), "questions": len(right)}))

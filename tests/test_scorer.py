@@ -235,12 +235,15 @@ def test_from_training_to_the_embedded_model(tiny: TinyModel, text: tuple[Path, 
     other = tmp_path / "other.npz"
     save_scorer(other, random_scorer(3, 2, 16, window=8))
     for wrong, message in (
-        (("--metric", "foresight", "--scorer", other), "made with another scorer"),
+        (("--metric", "foresight", "--scorer", other), "was made with another scorer"),
         (("--metric", "foresight"), "needs a scorer"),
         (("--metric", "foresight", "--scorer", tmp_path / "gone.npz"), "cannot read"),
+        (("--metric", "keydiff", "--scorer", other, "--allocation", "uniform"), "holds nothing for the metric keydiff"),
     ):
         result = run("embed", tiny.path, "-o", tmp_path / "never.gguf", "--profile", profile, *wrong)
         assert result.exit_code == 1 and message in result.output
+    result = run("embed", tiny.path, "-o", tmp_path / "never.gguf", "--scorer", other, "--allocation", "uniform")
+    assert result.exit_code == 1 and "keydiff is none" in result.output
     assert not (tmp_path / "never.gguf").exists()
 
 

@@ -21,6 +21,7 @@ from lukv_gguf.metadata import POLICIES
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 PROFILE_NAME = "profile.npz"
+_ASKED = "kvzip"  # the metric that evicts only when it is asked to
 
 Profiler = Callable[[Path, list[str]], None]
 """Writes a profile of the model for some metrics to a path."""
@@ -169,6 +170,8 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
     given = {text.partition(":")[0]: text for text in request.metrics}  # parameters, NAME:PARAM=VALUE, are for profiling
     metrics = list(given) or tables.metrics()
     methods = [method for method in request.methods if method != FULL]
+    if _ASKED in metrics:
+        raise LukvError(f"metric {_ASKED} evicts after a call of its own, which eval does not make; see docs/metrics.md")
     missing = tables.missing(methods, metrics)
     if missing and request.profile is not None:
         raise LukvError(

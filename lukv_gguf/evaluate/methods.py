@@ -152,7 +152,9 @@ class Tables:
             profile = profile.allocated(method.allocation)
         is_solved = method.allocation == "lukv" and profile.provenance.get("allocation") is None
         blend = method.blend if method.blend is not None else (defaults.BLEND if is_solved else 0.0)
-        return build_metadata(profile, floor=method.floor, blend=blend, allocation=method.allocation)
+        own = self._embedded
+        scorer = own.scorer if own is not None and own.metric == metric else None
+        return build_metadata(profile, floor=method.floor, blend=blend, allocation=method.allocation, scorer=scorer)
 
     def _profile_for(self, method: Method, metric: str) -> Profile:
         if method.profile is not None:
@@ -222,7 +224,7 @@ def table_key(table: LukvMetadata | None) -> str:
     if table is None:
         return ""
     text = repr((table.metric, sorted(table.metric_params.items()), table.sink, table.recent))
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode() + (table.scorer.digest.encode() if table.scorer is not None else b""))
     for array in (table.profile_ratios, table.profile_budget):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
@@ -233,6 +235,7 @@ def _same_but_budgets(a: LukvMetadata, b: LukvMetadata) -> bool:
         return {
             "ratio": meta.ratio, "metric": meta.metric, "params": dict(meta.metric_params), "sink": meta.sink,
             "recent": meta.recent, "ratios": meta.profile_ratios.tolist(),
+            "scorer": meta.scorer.digest if meta.scorer is not None else None,
         }  # fmt: skip
 
     return rest(a) == rest(b)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lukv_gguf import runtime
 from lukv_gguf.evaluate.session import Model, Options
+from lukv_gguf.profile import make_replays
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 _THINGS = "harbour lantern orchard violin glacier compass granary lighthouse carpenter falcon meadow cellar".split()
@@ -28,11 +30,12 @@ class NeedleContext:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to hold the cache: a model file and the overrides that select it."""
+    """One way to hold the cache: a model file and the overrides that select it, and for KVzip the tokens of a part."""
 
     name: str
     model: Path
     overrides: dict[str, Any]
+    chunk: int = 0
 
 
 def make_contexts(
@@ -96,8 +99,12 @@ def ask(
         for i, context in enumerate(contexts):
             prefix = tokenizer.begin_tokens(before + context.text)
             suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in context.questions]
-            with model.session(len(prefix) + max(map(len, suffixes)) + n_answer) as session:
+            replays = make_replays(tokenizer, prefix, method.chunk) if method.chunk else []
+            room = max(max(map(len, suffixes)) + n_answer, *(len(replay.tokens) for replay in replays), 0)
+            with model.session(len(prefix) + room) as session:
                 session.read(prefix)
+                for replay in replays:
+                    runtime.record_repetition(session.context, replay.tokens, replay.start, replay.end)
                 session.commit()
                 state = session.save()
                 results.append([])

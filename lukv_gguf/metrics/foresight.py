@@ -12,7 +12,7 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics.attention import window_attention
 from lukv_gguf.metrics.base import LayerState, Metric, Needs
 from lukv_gguf.metrics.keydiff import KeyDiff
-from lukv_gguf.scorer import Scorer, shape_text
+from lukv_gguf.scorer import METRIC, Scorer, shape_text
 
 _LEAST_ATTENTION = 1e-7
 _LEAST_SQUARE = 1e-12
@@ -36,7 +36,7 @@ class Foresight(Metric):
     arXiv 2602.03203: Golden Eviction and its distillation.
     """
 
-    name = "foresight"
+    name = METRIC
     summary = "what a network trained on future attention expects to be needed (needs --scorer)"
     cost = "w G T d + n T d, with n hidden units"
     native = True
