@@ -1805,8 +1805,18 @@ bool llama_kv_cache_lukv::begin_repetition(llama_context * lctx, llama_seq_id se
 
     auto & seq = seqs.at(seq_id);
 
+    if (!compact()) {
+        return false;
+    }
+
     // nothing is said about new cells, and none is new from now on
-    if (!compact() || !evict({ { &seq, n_cells_of(seq) } })) {
+    const auto n_cells = n_cells_of(seq);
+
+    bool fits = true;
+    for (size_t i = 0; i < n_heads(); ++i) {
+        fits = fits && n_cells[i] <= seq.segs[i].n_owned;
+    }
+    if (fits ? !evict({ { &seq, n_cells } }) : !rebalance({ seq_id }, 0)) {
         return false;
     }
     seq.is_repeating = true;
@@ -1831,39 +1841,47 @@ bool llama_kv_cache_lukv::record(llama_seq_id seq_id, llama_pos p0, llama_pos p1
     const auto input_f32 = [&](const std::vector<float>   & data, int64_t ne0) { return graph.input(GGML_TYPE_F32, data, ne0); };
     const auto input_i32 = [&](const std::vector<int32_t> & data, int64_t ne0) { return graph.input(GGML_TYPE_I32, data, ne0); };
 
+    // nothing was evicted yet: the cells of all heads are in the same order
+    std::vector<llama_pos> pos = seq.segs[0].pos;
+    pos.insert(pos.end(), seq.pos_recent.begin(), seq.pos_recent.end());
+
+    // the softmax runs over the part that is repeated, the sinks before it, and the repetition
+    std::vector<int32_t> rows;
+    const auto add_rows = [&](llama_pos first, llama_pos last) {
+        for (size_t i = 0; i < pos.size(); ++i) {
+            if (pos[i] >= first && pos[i] < last) {
+                rows.push_back(i);
+            }
+        }
+    };
+    add_rows(p0, p1);
+    const int64_t n_part = rows.size();
+    add_rows(seq.pos_min, std::min(p0, seq.pos_min + (llama_pos) params.sink));
+    add_rows(pos_end, std::numeric_limits<llama_pos>::max());
+
+    const int64_t n   = rows.size();
+    const int64_t n_q = seq.pos_max - pos_first + 1;
+
+    std::vector<float> mask(n*n_q);
+    for (int64_t j = 0; j < n_q; ++j) {
+        for (int64_t i = 0; i < n; ++i) {
+            mask[j*n + i] = pos[rows[i]] > pos_first + j ? -INFINITY : 0.0f;
+        }
+    }
+    ggml_tensor * inp_rows = input_i32(rows, n);
+    ggml_tensor * inp_part = input_i32({ rows.begin(), rows.begin() + n_part }, n_part);
+    ggml_tensor * inp_mask = input_f32(mask, n);
+
     for (size_t l = 0; l < kv.layers.size(); ++l) {
-        const auto & layer = kv.layers[l];
-        const auto   view  = queries->build_view(ctx, input_i32, seq.queries, layer.il, nullptr);
+        const auto view = queries->build_view(ctx, input_i32, seq.queries, kv.layers[l].il, nullptr);
 
         // queries of this batch
-        const int64_t i_q = std::lower_bound(view.pos.begin(), view.pos.end(), pos_first) - view.pos.begin();
-        const int64_t n_q = view.pos.size() - i_q;
+        const int64_t i_q = view.pos.size() - n_q;
 
         for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
-            llama_lukv_scorer s = get_scorer(ctx, seq, l*params.n_head_kv + ih, view);
+            const llama_lukv_scorer s = get_scorer(ctx, seq, l*params.n_head_kv + ih, view);
 
-            // the softmax runs over the part that is repeated, the sinks before it, and the repetition
-            std::vector<int32_t> rows;
-            for (const auto & [first, last] : { std::pair(p0, p1), std::pair(seq.pos_min, std::min(p0, seq.pos_min + (llama_pos) params.sink)),
-                    std::pair(pos_end, std::numeric_limits<llama_pos>::max()) }) {
-                for (int64_t i = 0; i < s.n_cells(); ++i) {
-                    if (s.pos[i] >= first && s.pos[i] < last) {
-                        rows.push_back(i);
-                    }
-                }
-            }
-            const int64_t n      = rows.size();
-            const int64_t n_part = std::count_if(s.pos.begin(), s.pos.end(), [&](llama_pos pos) { return pos >= p0 && pos < p1; });
-
-            std::vector<float> mask(n*n_q);
-            for (int64_t j = 0; j < n_q; ++j) {
-                for (int64_t i = 0; i < n; ++i) {
-                    mask[j*n + i] = s.pos[rows[i]] > view.pos[i_q + j] ? -INFINITY : 0.0f;
-                }
-            }
-            const std::vector<int32_t> rows_part(rows.begin(), rows.begin() + n_part);
-
-            ggml_tensor * k = ggml_get_rows(ctx, s.k, input_i32(rows, n));
+            ggml_tensor * k = ggml_get_rows(ctx, s.k, inp_rows);
             ggml_tensor * q = ggml_view_3d(ctx, s.q, s.q->ne[0], s.n_gqa, n_q, s.q->nb[1], s.q->nb[2], i_q*s.q->nb[2]);
 
             q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_embd, n_q, n_gqa]
@@ -1875,7 +1893,7 @@ bool llama_kv_cache_lukv::record(llama_seq_id seq_id, llama_pos p0, llama_pos p1
                 kq    = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/s.soft_cap)), s.soft_cap);
                 scale = 1.0f;
             }
-            kq = ggml_soft_max_ext(ctx, ggml_reshape_3d(ctx, kq, n, n_q, s.n_gqa), input_f32(mask, n), scale, 0.0f);
+            kq = ggml_soft_max_ext(ctx, ggml_reshape_3d(ctx, kq, n, n_q, s.n_gqa), inp_mask, scale, 0.0f);
             kq = ggml_reshape_2d(ctx, kq, n, n_q*s.n_gqa);
 
             // the largest of each cell: [1, n_part]
@@ -1887,11 +1905,10 @@ bool llama_kv_cache_lukv::record(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 
             // the larger of it and what is known
             ggml_tensor * past = ggml_reshape_2d(ctx, s.past, 1, s.n_cells());
-            ggml_tensor * part = input_i32(rows_part, n_part);
-            ggml_tensor * old  = ggml_get_rows(ctx, past, part);
+            ggml_tensor * old  = ggml_get_rows(ctx, past, inp_part);
 
             largest = ggml_add(ctx, old, ggml_relu(ctx, ggml_sub(ctx, largest, old)));
-            ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, past, largest, part));
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, past, largest, inp_part));
         }
     }
 
