@@ -1649,13 +1649,6 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
 
-                std::vector<int32_t> rows_segs;
-                for (const auto & seg : found) {
-                    rows_segs.insert(rows_segs.end(), { seg.ih, seg.row, seg.n });
-                }
-                s.segs_rows = input_i32(rows_segs, 3);
-                s.pos_cells = input_i32(s.pos, s.pos.size());
-
                 if (ggml_tensor * scores = metric.build(s)) {
                     int64_t offs = cur.n_rows;
                     for (const auto & seg : found) {

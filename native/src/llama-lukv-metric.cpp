@@ -434,11 +434,23 @@ int32_t llama_lukv_layer_scorer::n_max() const {
     return res;
 }
 
+ggml_tensor * llama_lukv_layer_scorer::input_segs() const {
+    std::vector<int32_t> res;
+    for (const auto & seg : segs) {
+        res.insert(res.end(), { seg.ih, seg.row, seg.n });
+    }
+    return input_i32(res, 3);
+}
+
+ggml_tensor * llama_lukv_layer_scorer::input_pos() const {
+    return input_i32(pos, pos.size());
+}
+
 static ggml_tensor * build_layer_norms(const llama_lukv_layer_scorer & s) {
     const auto block = s.params.find("block");
     const bool shares = block != s.params.end();
 
-    return ggml_norm_scores_ragged(s.ctx, s.k, shares ? s.v : nullptr, s.segs_rows, s.pos_cells, s.n_max(), shares ? block->second : 0);
+    return ggml_norm_scores_ragged(s.ctx, s.k, shares ? s.v : nullptr, s.input_segs(), s.input_pos(), s.n_max(), shares ? block->second : 0);
 }
 
 static ggml_tensor * build_layer_streamingllm(const llama_lukv_layer_scorer & s) {
@@ -463,18 +475,18 @@ static ggml_tensor * build_layer_window(const llama_lukv_layer_scorer & s) {
 
     const auto gamma = s.params.find("gamma");
 
-    return ggml_window_scores_ragged(s.ctx, s.q, s.input_i32(s.pos_q, s.pos_q.size()), s.k, s.past, s.segs_rows, s.pos_cells,
+    return ggml_window_scores_ragged(s.ctx, s.q, s.input_i32(s.pos_q, s.pos_q.size()), s.k, s.past, s.input_segs(), s.input_pos(),
             s.n_head_kv, s.n_max(), s.pos_max, s.params.at("window"), s.params.at("kernel"), gamma != s.params.end() ? gamma->second : 0.0,
             s.kq_scale, s.soft_cap);
 }
 
 static ggml_tensor * build_layer_expectedattention(const llama_lukv_layer_scorer & s) {
-    return ggml_expected_scores_ragged(s.ctx, s.q_mean, s.q_cov, s.k, s.params.at("vnorm") > 0 ? s.v : nullptr, s.segs_rows, s.pos_cells,
+    return ggml_expected_scores_ragged(s.ctx, s.q_mean, s.q_cov, s.k, s.params.at("vnorm") > 0 ? s.v : nullptr, s.input_segs(), s.input_pos(),
             s.n_head_kv, s.n_max(), s.pos_min + s.sink, s.params.at("epsilon"), s.kq_scale);
 }
 
 static ggml_tensor * build_layer_capkv(const llama_lukv_layer_scorer & s) {
-    return ggml_leverage_scores_ragged(s.ctx, s.q_mean, s.k, s.v, s.segs_rows, s.pos_cells,
+    return ggml_leverage_scores_ragged(s.ctx, s.q_mean, s.k, s.v, s.input_segs(), s.input_pos(),
             s.n_head_kv, s.n_max(), s.pos_min + s.sink, s.params.at("tau"), s.params.at("epsilon"));
 }
 
@@ -507,7 +519,7 @@ static ggml_tensor * build_layer_criticalkv(const llama_lukv_layer_scorer & s, g
         n_first.push_back(seg.n_keep/2);
     }
 
-    return ggml_critical_scores_ragged(s.ctx, scores, s.out_norms, s.segs_rows, s.input_i32(n_first, n_first.size()), s.n_max(),
+    return ggml_critical_scores_ragged(s.ctx, scores, s.out_norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
             s.params.at("epsilon"), SCORE_CHOSEN);
 }
 

@@ -106,13 +106,8 @@ struct llama_lukv_layer_scorer {
     };
     std::vector<segment> segs;
 
-    ggml_tensor * segs_rows = nullptr; // I32 [3, n_segs]
-
-    // of the cells of all segments
-    std::vector<llama_pos> pos;
-    ggml_tensor *          pos_cells = nullptr; // I32 [n_cells]
-
-    std::vector<int32_t> prot; // cells that are never evicted
+    std::vector<llama_pos> pos;  // of the cells of all segments
+    std::vector<int32_t>   prot; // cells that are never evicted
 
     llama_pos pos_min = 0;
     llama_pos pos_max = 0;
@@ -130,6 +125,9 @@ struct llama_lukv_layer_scorer {
     uint32_t n_head_kv = 1;
 
     int32_t n_max() const; // cells of a segment
+
+    ggml_tensor * input_segs() const; // I32 [3, n_segs]: KV head, first row, cells
+    ggml_tensor * input_pos () const; // I32 [n_cells]
 };
 
 class llama_lukv_metric {

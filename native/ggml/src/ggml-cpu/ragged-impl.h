@@ -2,6 +2,7 @@
 
 #include "ggml-cpu.h"
 #include "simd-mappings.h"
+#include "vec.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -56,4 +57,31 @@ static inline uint32_t float_to_ordered(float x) {
     memcpy(&u, &x, sizeof(u));
 
     return x != x ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
+}
+
+// res[i] = scale*<k[i], q> for n rows of k
+static inline void dot_rows(int n, int d, const float * k, const float * q, float scale, float * res) {
+    int i = 0;
+#if defined(__AVX512F__)
+    // four rows at a time hide the latency of the sums
+    if (d % 16 == 0) {
+        for (; i + 4 <= n; i += 4) {
+            __m512 s[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
+            for (int j = 0; j < d; j += 16) {
+                const __m512 qv = _mm512_loadu_ps(q + j);
+                for (int r = 0; r < 4; ++r) {
+                    s[r] = _mm512_fmadd_ps(_mm512_loadu_ps(k + (i + r)*d + j), qv, s[r]);
+                }
+            }
+            for (int r = 0; r < 4; ++r) {
+                res[i + r] = scale*_mm512_reduce_add_ps(s[r]);
+            }
+        }
+    }
+#endif
+    for (; i < n; ++i) {
+        float s;
+        ggml_vec_dot_f32(d, &s, 0, k + i*d, 0, q, 0, 1);
+        res[i] = scale*s;
+    }
 }

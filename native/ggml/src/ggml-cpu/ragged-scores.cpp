@@ -234,12 +234,43 @@ static void compute_attn_sums(const ggml_compute_params * params, ggml_tensor * 
             n_max = std::max(n_max, n_seen(is, i0 + i));
         }
 
-        std::fill_n(QT, d*np, 0.0f);
-        for (int i = 0; i < nb; ++i) {
+        const auto query = [&](int i) {
             const int t = is/op.n_head_kv*op.n_tokens + (i0 + i)/op.n_gqa;
             const int h = is%op.n_head_kv*op.n_gqa    + (i0 + i)%op.n_gqa;
 
-            transpose(1, d, (const float *) ((const char *) op.q->data + t*op.q->nb[2] + h*op.q->nb[1]), scale, QT + i, np);
+            return (const float *) ((const char *) op.q->data + t*op.q->nb[2] + h*op.q->nb[1]);
+        };
+
+        // few queries, as while tokens are generated: a row has the cells of one query
+        if (nb <= PAD_COLUMNS/2) {
+            for (int c = 0; c < n_max; c += TILE) {
+                const int n = std::min(TILE, n_max - c);
+
+                const float * K = rows_f32(op.k, seg[2*is] + c, n, KT);
+                for (int i = 0; i < nb; ++i) {
+                    dot_rows(n, d, K, query(i), scale, S + int64_t(i)*n_max + c);
+                }
+            }
+            for (int i = 0; i < nb; ++i) {
+                float   * s = S + int64_t(i)*n_max;
+                const int n = n_seen(is, i0 + i);
+                if (n == 0) {
+                    continue;
+                }
+                if (softcap != 0.0f) {
+                    vec_softcap(n, s, softcap);
+                }
+                ggml_vec_max_f32(n, max, s);
+
+                const float sum = ggml_vec_soft_max_f32(n, s, s, *max);
+                ggml_vec_mad_f32(n, mine + seg[2*is], s, 1.0f/(sum*op.n_gqa));
+            }
+            continue;
+        }
+
+        std::fill_n(QT, d*np, 0.0f);
+        for (int i = 0; i < nb; ++i) {
+            transpose(1, d, query(i), scale, QT + i, np);
         }
 
         std::fill_n(max, np, -INFINITY);

@@ -37,33 +37,6 @@ static int64_t scratch_size(const ggml_tensor * dst) {
     return GGML_PAD(n_queries(dst)*(DK + TILE) + TILE*(DK + DV), PAD_F32);
 }
 
-// res[i] = scale*<k[i], q> for n rows of k
-static void dot_rows(int n, int d, const float * k, const float * q, float scale, float * res) {
-    int i = 0;
-#if defined(__AVX512F__)
-    // four rows at a time hide the latency of the sums
-    if (d % 16 == 0) {
-        for (; i + 4 <= n; i += 4) {
-            __m512 s[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
-            for (int j = 0; j < d; j += 16) {
-                const __m512 qv = _mm512_loadu_ps(q + j);
-                for (int r = 0; r < 4; ++r) {
-                    s[r] = _mm512_fmadd_ps(_mm512_loadu_ps(k + (i + r)*d + j), qv, s[r]);
-                }
-            }
-            for (int r = 0; r < 4; ++r) {
-                res[i + r] = scale*_mm512_reduce_add_ps(s[r]);
-            }
-        }
-    }
-#endif
-    for (; i < n; ++i) {
-        float s;
-        ggml_vec_dot_f32(d, &s, 0, k + i*d, 0, q, 0, 1);
-        res[i] = scale*s;
-    }
-}
-
 void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
