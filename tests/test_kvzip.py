@@ -45,7 +45,7 @@ def tokens_of(n: int, seed: int = 0) -> list[int]:
 
 CONTEXT = tokens_of(N_CONTEXT)
 REPLAYS = [
-    Replay(tokens_of(9, seed=start + 1) + CONTEXT[start:end], start, end) for start, end in ((2, 130), (130, 131), (131, 295))
+    Replay(tokens_of(9, seed=start + 1) + CONTEXT[start:end], start, end) for start, end in ((131, 295), (2, 130), (130, 131))
 ]
 
 
@@ -210,3 +210,27 @@ def test_where_it_does_not_apply(tiny: TinyModel, path: Path, tmp_path: Path, ca
     options = {"lukv.ratio": 0.5, "lukv.metric": "kvzip", "lukv.policy": "prefill"}
     assert not runtime.enabled(load(windowed, options, verbose=True))
     assert "the metric kvzip is not supported for sliding windows" in capfd.readouterr().err
+
+
+def test_a_sequence_that_outgrew_its_share(tiny: TinyModel, path: Path) -> None:
+    """Its recent cells exceed what it owns when the repetition begins: the cells are shared out anew, nobody's are lost."""
+    other = tokens_of(120, seed=9)
+    replay = Replay(tokens_of(5, seed=10) + other[4:110], 4, 110)
+    with Context(path, n_ctx=512, n_seq_max=2) as context, Context(path, n_ctx=512, n_seq_max=1) as alone:
+        for place in (context, alone):
+            for first in (0, 100):
+                place.decode({0: CONTEXT[first : first + 100]})
+        for first in range(0, 120, 30):
+            context.decode({1: other[first : first + 30]})
+        used, owned = (getattr(runtime.usage(context.ctx, 1), name) for name in ("used", "owned"))
+        assert (used == 120).all() and (owned < 120).all()
+        runtime.record_repetition(context.ctx, replay.tokens, replay.start, replay.end, sequence=1)
+        assert (runtime.usage(context.ctx, 1).used == 120).all() and (runtime.usage(context.ctx, 0).used == 200).all()
+        more = tokens_of(20, seed=5)
+        assert nmse(context.decode({0: more})[0], alone.decode({0: more})[0]) < 1e-4
+        part = Replay(tokens_of(5, seed=11) + CONTEXT[4:150], 4, 150)
+        runtime.record_repetition(context.ctx, part.tokens, part.start, part.end)
+        runtime.commit(context.ctx)
+        expected = scores(tiny, [replay], other)
+        for i, kept in positions(context.ctx, tiny, 1).items():
+            assert_best(kept, expected[i])

@@ -1527,7 +1527,10 @@ public:
             return false;
         }
         for (const auto & [t, data] : inputs) {
-            ggml_backend_tensor_set(t, data.data(), 0, data.size());
+            // not of the queries that a metric does not look at
+            if (t->buffer) {
+                ggml_backend_tensor_set(t, data.data(), 0, data.size());
+            }
         }
         const auto status = ggml_backend_sched_graph_compute_async(sched, gf);
         if (!async) {
