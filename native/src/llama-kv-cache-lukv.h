@@ -97,7 +97,6 @@ public:
     //
 
     const llama_lukv_params & get_params() const { return params; }
-    const llama_lukv_needs  & get_needs()  const { return needs; }
 
     // layers of the model that have cells here
     bool     has_layer  (int32_t il) const { return map_layer_ids.count(il) > 0; }
