@@ -177,8 +177,8 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
 
 llama_kv_cache_lukv::~llama_kv_cache_lukv() {
     if (n_tokens_all > 0) {
-        LLAMA_LOG_INFO("%s: %" PRId64 " tokens, %" PRId64 " evictions of %" PRId64 " cells, %.2f MiB instead of %.2f MiB\n", __func__,
-                n_tokens_all, n_evictions, n_evicted, kv.size()/1024.0/1024.0, size_stock()/1024.0/1024.0);
+        LLAMA_LOG_INFO("%s: %" PRId64 " tokens, %" PRId64 " evictions of %" PRId64 " cells, %.2f ms for commits, %.2f MiB instead of %.2f MiB\n", __func__,
+                n_tokens_all, n_evictions, n_evicted, t_commit_us/1000.0, kv.size()/1024.0/1024.0, size_stock()/1024.0/1024.0);
     }
 }
 
@@ -1435,8 +1435,12 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
         return true;
     }
 
+    const int64_t t_end_us = ggml_time_us();
+
     LLAMA_LOG_DEBUG("%s: %u recent cells, selection %.2f ms, moves %.2f ms\n", __func__, n_recent,
-            (t_selected_us - t_start_us)/1000.0, (ggml_time_us() - t_selected_us)/1000.0);
+            (t_selected_us - t_start_us)/1000.0, (t_end_us - t_selected_us)/1000.0);
+
+    t_commit_us += t_end_us - t_start_us;
 
     n_evictions += n_gone > 0;
     n_evicted   += n_gone;
@@ -2868,6 +2872,11 @@ int64_t llama_lukv_n_evictions(const llama_context * ctx) {
 int64_t llama_lukv_n_evicted(const llama_context * ctx) {
     const auto * kv = get_lukv(ctx);
     return kv ? kv->get_n_evicted() : 0;
+}
+
+int64_t llama_lukv_t_commit_us(const llama_context * ctx) {
+    const auto * kv = get_lukv(ctx);
+    return kv ? kv->get_t_commit_us() : 0;
 }
 
 int32_t llama_lukv_n_cells_owned(const llama_context * ctx, int32_t il, int32_t ih) {
