@@ -2406,6 +2406,8 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
 
     seq_rm(seq_id, -1, -1);
 
+    seq_ids_t ids;
+
     try {
         if (llama_lukv_read<uint32_t>(io) != STATE_MAGIC) {
             throw std::runtime_error("it was saved without LU-KV, or by another version of it");
@@ -2436,7 +2438,6 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
             }
         }
 
-        seq_ids_t ids;
         for (const auto & [id, _] : added) {
             ids.push_back(id);
         }
@@ -2464,6 +2465,22 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         LLAMA_LOG_ERROR("%s: the state cannot be restored: %s\n", __func__, err.what());
 
         io.discard();
+
+        // some cells may have been written. they are masked from now on, but they are read: no NaNs
+        for (llama_seq_id id : ids) {
+            if (seqs.count(id) == 0) {
+                continue;
+            }
+            const auto & seq = seqs.at(id);
+
+            const auto n_cells = n_cells_of(seq);
+
+            for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+                for (ggml_tensor * t : layer.tensors()) {
+                    ggml_backend_tensor_memset(t, 0, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+                }
+            });
+        }
         seq_rm(seq_id, -1, -1);
 
         throw std::runtime_error("failed to restore kv cache");
