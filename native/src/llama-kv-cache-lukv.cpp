@@ -1695,6 +1695,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
                 s.n_keep    = n_keep;
+                s.on_cpu    = [&](ggml_tensor * cur) { graph.devs.emplace_back(cur, nullptr); };
                 s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
 
                 cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
