@@ -44,13 +44,12 @@ class Collector:
             Queries and keys after RoPE, and values.
         """
         needs, n_token = self.needs, q.shape[1]
-        mean = covariance = rotation = sums = counts = norms = None
+        mean = covariance = rotation = sums = norms = None
         if needs.query_mean:
             mean, covariance = query_statistics(layer, q, self.sink, needs.query_covariance)
             rotation = future_rotation(layer, n_token, needs.n_future, q.shape[-1], q.device)
         if needs.attention_sums:
             sums = attention_sums(model, layer, q, k)
-            counts = torch.arange(n_token, 0, -1, device=q.device)
         if needs.output_norms:
             norms = output_norms(v, model._output_weight(layer))
         return LayerState(
@@ -62,7 +61,6 @@ class Collector:
             future_rotation=rotation,
             output_norms=norms,
             attention_sums=sums,
-            attention_counts=counts,
             layer=index,
             sink=self.sink,
             recent=self.recent,

@@ -30,6 +30,7 @@ from lukv_gguf.reference.bounded import BoundedDecoder, BoundedSequences, cells_
 
 NATIVE = [name for name in metrics.names() if metrics.get(name).native]
 CARRYING = ["snapkv:carry=1", "criticalkv-cake:carry=1"]
+AVERAGING = ["h2o:average=1"]
 SMALL = {"window": 16, "future": 64, "seed": 3}  # of the parameters that a metric has
 N_VOCAB = 900
 
@@ -67,7 +68,7 @@ def cells(model: Llama) -> list[set[int]]:
     return [set(runtime.positions(model, *i).tolist()) for i in np.ndindex(runtime.usage(model).used.shape)]
 
 
-@pytest.mark.parametrize("name", NATIVE + CARRYING)
+@pytest.mark.parametrize("name", NATIVE + CARRYING + AVERAGING)
 def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     """Several commits during the prompt, then while tokens are generated."""
     model = load(embedded(tiny, name))
@@ -83,7 +84,7 @@ def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     assert runtime.usage(model).evictions >= 5
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "h2o"])
 def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     model = load(embedded(tiny, name), {"lukv.policy": "prefill"})
     expected = reference(tiny, name, np.full((tiny.n_layer, tiny.n_head_kv), 768), 128)
@@ -98,7 +99,7 @@ def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     assert_same_positions(model, expected, kept.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "h2o"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "granite", "smollm3", "starcoder2", "command-r"])
 def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     """Whatever happens to queries: RoPE of pairs or halves or of a part, factors, scales, norms, layers without RoPE."""
@@ -119,7 +120,7 @@ def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     assert n_same >= 0.998 * n_all and runtime.usage(model).evictions >= 2
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "h2o"])
 def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     """Quantised K and V are rotated, and what is kept of the queries has to fit that."""
     path = embedded(tiny, name)
@@ -131,7 +132,7 @@ def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     assert sum(len(a & b) for a, b in zip(*kept)) >= 0.93 * sum(map(len, kept[0]))
 
 
-@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake:carry=1"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake:carry=1", "criticalkv-h2o"])
 def test_state_and_tail(tiny: TinyModel, name: str) -> None:
     """What the metric keeps is saved and restored, and forgets the queries of a removed tail."""
     path = embedded(tiny, name)
@@ -159,7 +160,7 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         assert_same_positions(continued, expected, usage.owned.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "h2o", "criticalkv-h2o"])
 def test_sequences_have_queries_of_their_own(tiny: TinyModel, name: str) -> None:
     """Together in a batch, copied, removed in part, and a new one in the place of an old one."""
     budget, tokens = uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), distinct_tokens(800)
@@ -214,7 +215,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
     plain, with_metric = measure(embedded(tiny, "keydiff")), measure(embedded(tiny, name))
     needs, queries = small(name).needs, tiny.n_layer * tiny.n_head * tiny.d_head * 4
     extra = queries * (needs.window + needs.query_mean + needs.query_covariance * tiny.d_head)
-    extra += (needs.output_norms + needs.past) * plain[0] // (2 * tiny.d_head)  # a number for each cell
+    extra += (needs.output_norms + needs.past + needs.attention_sums) * plain[0] // (2 * tiny.d_head)  # a number for each cell
     assert abs(with_metric[0] - plain[0] - extra) <= 64 * tiny.n_layer  # alignment
     assert abs(with_metric[1] - plain[1] - extra) <= 0.01 * plain[1]
 
@@ -222,7 +223,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lukv.metric": "h2o"}, "lukv.metric is 'h2o', but this build knows only: .*snapkv"),
+        ({"lukv.metric": "kvzip"}, "lukv.metric is 'kvzip', but this build knows only: .*snapkv"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 0}, "lukv.metric.window is 0, but must be at least 1"),
         ({"lukv.metric": "snapkv", "lukv.metric.kernel": 4}, "lukv.metric.kernel is 4, but must be odd"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 16.0}, "lukv.metric.window has the type f32 but must be u32"),
@@ -255,7 +256,7 @@ def test_another_metric_by_an_override(tiny: TinyModel) -> None:
     assert cells(other) != cells(by_file) and runtime.usage(other).bytes < runtime.usage(by_file).bytes
 
 
-@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake", "h2o"])
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "cohere2", "gpt-oss"])
 def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
     """Only the other layers keep anything for the metric; a full cache gives stock's logits, a small one finite ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from test_native import F16, F32, feed, load, metadata, nmse, random_tokens, uneven_budget
 from tiny_gguf import write_tiny
 
-from lukv_gguf import runtime
+from lukv_gguf import metrics, runtime
 from lukv_gguf.metadata import embed
 
 Q8_0 = 8
@@ -66,7 +67,7 @@ def servers() -> Iterator[list[str]]:
 
 def register(servers: list[str]) -> None:
     """Make devices of the servers, for the rest of the process."""
-    folder = Path(llama_cpp.__file__).parent / "lib"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     rpc, ggml = (ctypes.CDLL(str(folder / f"lib{name}{suffix}")) for name in ("ggml-rpc", "ggml"))
     rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
@@ -87,6 +88,29 @@ def compare(path: Path, servers: list[str]) -> None:
             assert overlap >= 0.97 and nmse(got, logits) < 1e-2, (case, n_gpu_layers, overlap, nmse(got, logits))
 
 
+def compare_metrics(path: Path, servers: list[str]) -> None:
+    """Scores by stock ops, head by head, against those by ops for all heads of a layer."""
+
+    def kept(name: str, n_gpu_layers: int) -> list[list[int]]:
+        metric = metrics.parse(name)
+        values = {f"lukv.metric.{key}": value for key, value in metric.params.items()}
+        model = load(path, {"lukv.metric": metric.name, **values}, n_gpu_layers=n_gpu_layers)
+        for size in (128, 128, 100, 20, 30, 1, 30):
+            feed(model, random_tokens(size, seed=size))
+        usage = runtime.usage(model)
+        assert usage.evictions >= 3
+        return [runtime.positions(model, *i).tolist() for i in np.ndindex(usage.owned.shape)]
+
+    names = [name for name in metrics.names() if metrics.get(name).native]
+    names += ["snapkv:carry=1:window=16", "h2o:average=1", "expectedattention:covariance=0:vnorm=0", "curdkv:block=0"]
+    expected = {name: kept(name, 0) for name in names}
+    register(servers)
+    for name, want in expected.items():
+        got = kept(name, 99)
+        overlap = sum(len(set(a) & set(b)) for a, b in zip(want, got)) / sum(map(len, want))
+        assert overlap >= 0.98, (name, overlap)
+
+
 def test_two_servers_agree_with_the_cpu(tmp_path: Path, servers: list[str]) -> None:
     plain, path = tmp_path / "plain.gguf", tmp_path / "lukv.gguf"
     write_tiny(plain, n_layer=4, n_head=8, n_head_kv=2, d_head=64, n_ctx=4096)
@@ -96,5 +120,16 @@ def test_two_servers_agree_with_the_cpu(tmp_path: Path, servers: list[str]) -> N
     assert done.returncode == 0, done.stderr
 
 
+def test_metrics_without_an_op_for_all_heads(tmp_path: Path, servers: list[str]) -> None:
+    path = tmp_path / "lukv.gguf"
+    plain = write_tiny(tmp_path / "plain.gguf", n_layer=2, n_head=6, n_head_kv=2, d_head=64, n_ctx=4096)
+    embed(plain.path, path, metadata(uneven_budget(2, 2, 0.25), 0.25))
+    done = subprocess.run([sys.executable, __file__, "metrics", path, *servers], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
-    compare(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "metrics":
+        compare_metrics(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        compare(Path(sys.argv[1]), sys.argv[2:])

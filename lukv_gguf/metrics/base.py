@@ -88,8 +88,6 @@ class LayerState:
         ||v W_O||_1 with the slice of the output projection that belongs to each query head.
     attention_sums : Tensor [H * G, T], optional
         Attention that each cell has received from all queries so far.
-    attention_counts : Tensor [T], optional
-        How many queries that were.
     reconstruction : Tensor [H, T], optional
         The largest attention that each cell received while the model repeated its context.
     past : Tensor [H, T], optional
@@ -116,7 +114,6 @@ class LayerState:
     future_rotation: Tensor | None = None
     output_norms: Tensor | None = None
     attention_sums: Tensor | None = None
-    attention_counts: Tensor | None = None
     reconstruction: Tensor | None = None
     past: Tensor | None = None
     positions: Tensor | None = None

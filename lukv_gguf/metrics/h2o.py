@@ -13,8 +13,8 @@ from lukv_gguf.metrics.base import LayerState, Metric, Needs
 class H2O(Metric):
     """Attention summed over all queries so far, mean over the group.
 
-    Parameters: ``average`` 1 divides by the number of queries that could see the cell. The sum, the paper's definition,
-    favours the early tokens, which more queries see.
+    Parameters: ``average`` 1 divides by the number of tokens from the cell on, whose queries could see it. The sum, the
+    paper's definition, favours the early tokens, which more queries see.
 
     References
     ----------
@@ -25,6 +25,7 @@ class H2O(Metric):
     name = "h2o"
     summary = "the most attended cells so far (heavy hitters)"
     cost = "G T d for every token read"
+    native = True
     defaults: ClassVar = {"average": 0}
 
     @property
@@ -36,6 +37,5 @@ class H2O(Metric):
         n_head_kv, n_cells, _ = state.keys.shape
         scores = state.attention_sums.to(torch.float32).view(n_head_kv, -1, n_cells).mean(dim=1)
         if self.params["average"]:
-            assert state.attention_counts is not None
-            scores = scores / state.attention_counts
+            scores = scores / (state.n_tokens - state.cell_positions)
         return scores

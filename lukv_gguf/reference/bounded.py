@@ -35,12 +35,11 @@ class _Head:
     positions: Tensor
     output_norms: Tensor  # [G, n_cells]
     attention_sums: Tensor  # [G, n_cells]
-    attention_counts: Tensor
     past: Tensor
 
     def select(self, keep: Tensor) -> None:
         """Keep some of the cells, by index or by mask."""
-        for name in ("keys", "values", "positions", "attention_counts", "past"):
+        for name in ("keys", "values", "positions", "past"):
             setattr(self, name, getattr(self, name)[keep])
         self.output_norms, self.attention_sums = self.output_norms[:, keep], self.attention_sums[:, keep]
 
@@ -110,7 +109,6 @@ class BoundedDecoder:
                     torch.empty(0, dtype=torch.long),
                     torch.empty(n_group, 0),
                     torch.empty(n_group, 0),
-                    torch.empty(0),
                     torch.empty(0),
                 )
                 for _ in range(config.n_head_kv)
@@ -222,7 +220,6 @@ class BoundedDecoder:
             future_rotation=rotation,
             output_norms=cells.output_norms[None],
             attention_sums=cells.attention_sums,
-            attention_counts=cells.attention_counts,
             past=cells.past[None],
             positions=cells.positions,
             n_past=self._n_past,
@@ -267,7 +264,6 @@ class BoundedDecoder:
         seen = cells.positions <= new[:, None]
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         cells.attention_sums = torch.cat([cells.attention_sums, nothing], dim=1) + weights.sum(dim=1)
-        cells.attention_counts = torch.cat([cells.attention_counts, nothing[0]]) + seen.sum(dim=0)
         return (weights @ cells.values).transpose(0, 1)
 
 

@@ -44,6 +44,9 @@ static constexpr uint32_t N_NODES_HEAD = 24;
 static constexpr uint32_t N_NODES_QUERIES     = 24;
 static constexpr uint32_t N_NODES_QUERIES_SEQ = 12;
 
+// nodes of the accumulated attention of a head
+static constexpr uint32_t N_NODES_ATTN_SUMS = 24;
+
 // rotations that are computed together
 static constexpr uint32_t N_ROTATIONS = 64;
 
@@ -243,7 +246,7 @@ uint64_t llama_kv_cache_lukv::kv_storage::size() const {
 
 std::vector<ggml_tensor *> llama_kv_cache_lukv::kv_layer::tensors() const {
     std::vector<ggml_tensor *> res = { k, v };
-    for (ggml_tensor * t : { norms, past }) {
+    for (ggml_tensor * t : { norms, past, attn_sums }) {
         if (t) {
             res.push_back(t);
         }
@@ -284,6 +287,11 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     res.score  = ggml_backend_dev_supports_op(dev, scores) && metric.name == "keydiff";
     res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
+
+    res.scores = ggml_backend_dev_supports_op(dev, ggml_attn_sums_ragged(ctx.get(), q, k, segs, n_hidden, scores, 1.0f, 0.0f));
+
+    // without it the accumulated attention needs the mask that other ops have
+    res.attn = res.attn && (res.scores || !needs.attn_sums);
 
     ggml_tensor * x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N_RECENT_PAD, N_RECENT_PAD);
     res.out_prod = ggml_backend_dev_supports_op(dev, ggml_out_prod(ctx.get(), x, x));
@@ -341,7 +349,7 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         auto & ctx = ctx_map[buft];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 4u*params.n_layer*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 5u*params.n_layer*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -371,6 +379,7 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
         };
         layer.norms = new_numbers(needs.out_norms, "cache_norms_l%d");
         layer.past  = new_numbers(needs.past,      "cache_past_l%d");
+        layer.attn_sums = new_numbers(needs.attn_sums, "cache_attn_sums_l%d");
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -499,7 +508,7 @@ bool llama_kv_cache_lukv::get_can_shift() const {
 uint32_t llama_kv_cache_lukv::n_nodes_extra() const {
     const uint32_t n_nodes_queries = queries->active() ? (N_NODES_QUERIES + N_NODES_QUERIES_SEQ*n_seq_max)*params.n_layer : 0;
 
-    return N_NODES_HEAD*n_heads() + n_nodes_queries;
+    return (N_NODES_HEAD + (needs.attn_sums ? N_NODES_ATTN_SUMS : 0))*n_heads() + n_nodes_queries;
 }
 
 void llama_kv_cache_lukv::clear(bool data) {
@@ -1611,6 +1620,55 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
             llama_lukv_queries::seq_view view; // made for the first head that needs it
             bool has_view = !queries->active();
 
+            const auto need_view = [&] {
+                if (!has_view) {
+                    ggml_tensor * rotation = needs.n_future > 0 ? input_f32(get_future(layer.il, seq), layer.k->ne[0]) : nullptr;
+
+                    view     = queries->build_view(ctx, input_i32, seq.queries, layer.il, rotation);
+                    has_view = true;
+                }
+            };
+
+            // all heads of the layer together
+            if (ops[l].scores && !ops[l].score) {
+                std::vector<llama_lukv_layer_scorer::segment> found;
+                for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                    const auto & seg = seq.segs[l*params.n_head_kv + ih];
+
+                    const int32_t n_cells = seg.pos.size() + seq.pos_recent.size();
+                    const int32_t n_keep  = evictions[e].n_keep[l*params.n_head_kv + ih];
+
+                    if (n_cells > n_keep) {
+                        found.push_back({ (int32_t) ih, (int32_t) seg.offs, n_cells, n_keep });
+                    }
+                }
+                if (found.empty()) {
+                    continue;
+                }
+
+                need_view();
+
+                llama_lukv_layer_scorer s = get_layer_scorer(seq, l, view, found);
+                s.ctx       = ctx;
+                s.input_f32 = input_f32;
+                s.input_i32 = input_i32;
+
+                if (ggml_tensor * scores = metric.build(s)) {
+                    int64_t offs = cur.n_rows;
+                    for (const auto & seg : found) {
+                        cur.heads.push_back(e*n_heads() + l*params.n_head_kv + seg.ih);
+                        cur.segs .insert(cur.segs.end(), { (int32_t) offs, seg.n, seg.n - seg.n_keep });
+                        offs += seg.n;
+                    }
+                    for (int32_t cell : s.prot) {
+                        cur.rows_prot.push_back(cur.n_rows + cell);
+                    }
+                    cur.scores.push_back(ggml_reshape_1d(ctx, scores, s.pos.size()));
+                    cur.n_rows += s.pos.size();
+                    continue;
+                }
+            }
+
             for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
                 const size_t i   = l*params.n_head_kv + ih;
                 const auto & seg = seq.segs[i];
@@ -1635,17 +1693,13 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                     continue;
                 }
 
-                if (!has_view) {
-                    ggml_tensor * rotation = needs.n_future > 0 ? input_f32(get_future(layer.il, seq), layer.k->ne[0]) : nullptr;
-
-                    view     = queries->build_view(ctx, input_i32, seq.queries, layer.il, rotation);
-                    has_view = true;
-                }
+                need_view();
 
                 llama_lukv_scorer s = get_scorer(ctx, seq, i, view);
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
                 s.n_keep    = n_keep;
+                s.on_cpu    = [&](ggml_tensor * cur) { graph.devs.emplace_back(cur, nullptr); };
                 s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
 
                 cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
@@ -1771,6 +1825,9 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     if (layer.norms) {
         res.out_norms = view_rows(layer.norms);
     }
+    if (layer.attn_sums) {
+        res.attn_sums = ggml_view_1d(ctx, layer.attn_sums, res.n_cells(), seg.offs*layer.attn_sums->nb[1]);
+    }
     if (layer.past) {
         res.past = ggml_view_1d(ctx, layer.past, res.n_cells(), seg.offs*layer.past->nb[1]);
     }
@@ -1791,6 +1848,49 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
     if (view.cov) {
         res.q_cov = ggml_view_3d(ctx, view.cov, view.cov->ne[0], view.cov->ne[1], res.n_gqa, view.cov->nb[1], view.cov->nb[2], ih*res.n_gqa*view.cov->nb[2]);
     }
+
+    return res;
+}
+
+llama_lukv_layer_scorer llama_kv_cache_lukv::get_layer_scorer(const kv_seq & seq, size_t l, const llama_lukv_queries::seq_view & view,
+        const std::vector<llama_lukv_layer_scorer::segment> & segs) const {
+    const auto & layer   = kv.layers[l];
+    const auto & hparams = model.hparams;
+
+    llama_lukv_layer_scorer res;
+
+    res.params  = params.metric_params;
+    res.il      = layer.il;
+    res.k       = layer.k;
+    res.v       = layer.v;
+    res.segs    = segs;
+    res.pos_min = seq.pos_min;
+    res.pos_max = seq.pos_max;
+    res.sink    = params.sink;
+
+    res.out_norms = layer.norms;
+    res.attn_sums = layer.attn_sums;
+    res.past      = layer.past;
+    res.n_head_kv = params.n_head_kv;
+
+    for (const auto & cur : segs) {
+        const auto & seg = seq.segs[l*params.n_head_kv + cur.ih];
+
+        for (int32_t cell : get_protected(seq, seg)) {
+            res.prot.push_back(res.pos.size() + cell);
+        }
+        res.pos.insert(res.pos.end(), seg.pos.begin(), seg.pos.end());
+        res.pos.insert(res.pos.end(), seq.pos_recent.begin(), seq.pos_recent.end());
+    }
+
+    if (queries->active()) {
+        res.kq_scale = queries->get_attn(layer.il).scale;
+        res.soft_cap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    }
+    res.pos_q  = view.pos;
+    res.q      = view.q;
+    res.q_mean = view.mean;
+    res.q_cov  = view.cov;
 
     return res;
 }
@@ -1839,6 +1939,9 @@ bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions)
 
         // [n_embd_head_v*n_head, n_embd]
         ggml_tensor * wo = wo_copies.count(layer.il) ? wo_copies.at(layer.il) : model.layers[layer.il].wo;
+
+        const bool fused = ops[l].scores && wo->buffer && ggml_backend_buffer_is_host(wo->buffer);
+
         if (wo->type != GGML_TYPE_F32 && wo->type != GGML_TYPE_F16) {
             wo = ggml_cast(ctx, wo, GGML_TYPE_F32);
         }
@@ -1851,6 +1954,17 @@ bool llama_kv_cache_lukv::compute_norms(const std::vector<eviction> & evictions)
                 continue;
             }
             empty = false;
+
+            if (fused) {
+                std::vector<int32_t> segs;
+                for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                    const auto & seg = seq.segs[l*params.n_head_kv + ih];
+                    segs.insert(segs.end(), { (int32_t) (seg.offs + seg.pos.size()), (int32_t) n_recent });
+                }
+
+                ggml_build_forward_expand(graph.gf, ggml_value_norms_ragged(ctx, layer.v, wo, rot, graph.input(GGML_TYPE_I32, segs, 2), layer.norms));
+                continue;
+            }
 
             for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
                 const auto & seg = seq.segs[l*params.n_head_kv + ih];
@@ -2573,6 +2687,10 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
 
     kv->set_input_queries(self_queries, *ubatch);
 
+    if (self_zeros && self_zeros->buffer) {
+        ggml_backend_tensor_memset(self_zeros, 0, 0, ggml_nbytes(self_zeros));
+    }
+
     for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
         if (rot && rot->buffer) {
             llama_kv_cache_lukv::set_input_rot(rot);
@@ -2666,6 +2784,12 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
 
     inp->self_queries = kv->get_queries().build_inputs(ctx, ubatch);
 
+    if (kv->get_needs().attn_sums) {
+        inp->self_zeros = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_head_kv*ubatch.n_tokens);
+        ggml_set_input(inp->self_zeros);
+        ggml_set_name (inp->self_zeros, "attn_inp_zeros_lukv");
+    }
+
     const auto new_rot = [&](uint32_t n, const char * name) {
         ggml_tensor * res = n > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n) : nullptr;
         if (res) {
@@ -2678,6 +2802,55 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
     inp->self_v_rot = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
 
     return inp;
+}
+
+void llama_kv_cache_lukv::build_attn_sums(const llm_graph_context & gctx, const llm_graph_input_attn_kv_lukv * inp, ggml_tensor * q_cur,
+        float kq_scale, int32_t il) const {
+    ggml_context * ctx = gctx.ctx0;
+
+    ggml_tensor * sums = get_layer(il).attn_sums;
+
+    const float soft_cap = model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f;
+
+    if (ops[map_layer_ids.at(il)].scores) {
+        ggml_tensor * segs = view_segs(ctx, inp->on_device(gctx, inp->self_segs, il), il);
+
+        ggml_build_forward_expand(gctx.gf, ggml_attn_sums_ragged(ctx, q_cur, get_k(il), segs, inp->self_n_hidden, sums, kq_scale, soft_cap));
+        return;
+    }
+
+    const int64_t n_gqa = q_cur->ne[1]/params.n_head_kv;
+
+    // the tokens' own cells begin at 0
+    ggml_build_forward_expand(gctx.gf, ggml_set_rows(ctx, sums, inp->self_zeros, view_idxs(ctx, inp->on_device(gctx, inp->self_idxs, il), il)));
+
+    for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+        const uint32_t n_cells = get_n_cells(inp->seq_id, il, ih);
+
+        ggml_tensor * k = get_k(ctx, inp->seq_id, il, ih, n_cells);
+        k = ggml_view_2d(ctx, k, k->ne[0], n_cells, k->nb[2], 0);
+
+        ggml_tensor * q = ggml_view_3d(ctx, q_cur, q_cur->ne[0], n_gqa, q_cur->ne[2], q_cur->nb[1], q_cur->nb[2], ih*n_gqa*q_cur->nb[1]);
+        q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));
+
+        ggml_tensor * kq = ggml_mul_mat(ctx, k, q); // [n_cells, n_tokens, n_gqa]
+
+        float scale = kq_scale;
+        if (soft_cap > 0.0f) {
+            kq    = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale/soft_cap)), soft_cap);
+            scale = 1.0f;
+        }
+
+        ggml_tensor * mask = ggml_cont(ctx, view_mask(ctx, inp->on_device(gctx, inp->self_kq_mask, il), n_cells, false));
+
+        ggml_tensor * cur = ggml_reshape_2d(ctx, ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f), n_cells, kq->ne[1]*n_gqa);
+        cur = ggml_scale(ctx, ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, cur))), 1.0f/n_gqa); // [1, n_cells]
+
+        ggml_tensor * dst = view_cells(ctx, sums, inp->seq_id, il, ih, n_cells);
+        dst = ggml_view_2d(ctx, dst, 1, n_cells, sums->nb[1], 0);
+
+        ggml_build_forward_expand(gctx.gf, ggml_cpy(ctx, ggml_add(ctx, dst, cur), dst));
+    }
 }
 
 ggml_tensor * build_attn_lukv(
@@ -2700,6 +2873,9 @@ ggml_tensor * build_attn_lukv(
 
     if (kv->get_queries().active()) {
         kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il);
+    }
+    if (kv->get_needs().attn_sums) {
+        kv->build_attn_sums(gctx, inp, q_cur, kq_scale, il);
     }
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;

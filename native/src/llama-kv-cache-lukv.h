@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
+class llm_graph_input_attn_kv_lukv;
+
 struct llama_model;
 struct llama_cparams;
 struct llama_context;
@@ -154,6 +156,12 @@ public:
     ggml_tensor * get_k(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
     ggml_tensor * get_v(ggml_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t ih, uint32_t n_cells) const;
 
+    // what the metric asks for
+    const llama_lukv_needs & get_needs() const { return needs; }
+
+    // add to the attention that the cells have received: q_cur [n_embd_head_k, n_head, n_tokens]
+    void build_attn_sums(const llm_graph_context & gctx, const llm_graph_input_attn_kv_lukv * inp, ggml_tensor * q_cur, float kq_scale, int32_t il) const;
+
     // the cells of all heads: [n_embd_head, n_rows]
     ggml_tensor * get_k(int32_t il) const { return get_layer(il).k; }
     ggml_tensor * get_v(int32_t il) const { return get_layer(il).v; }
@@ -211,6 +219,8 @@ private:
         // of kept cells, nullptr if the metric does not ask for it [1, n_rows]
         ggml_tensor * norms; // ||v W_O||_1
         ggml_tensor * past;  // scores of earlier commits
+
+        ggml_tensor * attn_sums; // attention received, of all cells [1, n_rows]
 
         std::vector<kv_pool> pools; // per head
 
@@ -274,6 +284,7 @@ private:
         bool score  = false;
         bool select = false;
 
+        bool scores   = false; // those of any metric, accumulated attention and norms
         bool out_prod = false; // of f32
 
         uint32_t n_tokens_attn = std::numeric_limits<uint32_t>::max(); // per ubatch, at most
@@ -415,6 +426,10 @@ private:
     // head i of a sequence as the metric sees it
     llama_lukv_scorer get_scorer(ggml_context * ctx, const kv_seq & seq, size_t i, const llama_lukv_queries::seq_view & view) const;
 
+    // the same of some heads of layer l, without tensors of its own
+    llama_lukv_layer_scorer get_layer_scorer(const kv_seq & seq, size_t l, const llama_lukv_queries::seq_view & view,
+            const std::vector<llama_lukv_layer_scorer::segment> & segs) const;
+
     // a slot for what the metric keeps of its queries
     void init_queries(kv_seq & seq);
 
@@ -495,6 +510,8 @@ public:
     ggml_tensor * self_idxs     = nullptr; // I32 [n_head_kv*n_tokens, n_layer]
     ggml_tensor * self_segs     = nullptr; // I32 [2, n_head_kv, n_seqs, n_layer]
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
+
+    ggml_tensor * self_zeros = nullptr; // F32 [1, n_head_kv*n_tokens], where the accumulated attention is computed head by head
 
     llama_lukv_queries::graph_inputs self_queries;
 

@@ -102,14 +102,18 @@ static uint32_t hash_mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
+static float random_score(const llama_lukv_metric_params & params, uint32_t il, uint32_t ih, llama_pos pos) {
+    uint32_t x = params.at("seed");
+    for (uint32_t number : { il, ih, (uint32_t) pos }) {
+        x = hash_mix(hash_mix(x) + number);
+    }
+    return (x >> 8)*0x1p-24f;
+}
+
 static ggml_tensor * build_random(const llama_lukv_scorer & s) {
     std::vector<float> res;
     for (llama_pos pos : s.pos) {
-        uint32_t x = s.params.at("seed");
-        for (uint32_t number : { s.il, s.ih, (uint32_t) pos }) {
-            x = hash_mix(hash_mix(x) + number);
-        }
-        res.push_back((x >> 8)*0x1p-24f);
+        res.push_back(random_score(s.params, s.il, s.ih, pos));
     }
 
     return s.input_f32(res, s.n_cells());
@@ -364,11 +368,28 @@ static ggml_tensor * build_capkv(const llama_lukv_scorer & s) {
 
     // leverage: w v A^-1 v
     ggml_tensor * inverse = ggml_map_custom1(s.ctx, capacity, op_invert, GGML_N_TASKS_MAX, nullptr);
+    s.on_cpu(inverse);
 
     ggml_tensor * cur = ggml_mul_mat(s.ctx, v, ggml_reshape_2d(s.ctx, inverse, d, d*n_gqa));
     cur = sum_columns(s, ggml_mul(s.ctx, ggml_reshape_3d(s.ctx, cur, n, d, n_gqa), vt));
 
     return mean_columns(s, ggml_mul(s.ctx, cur, w));
+}
+
+//
+// all attention so far
+//
+
+static ggml_tensor * build_h2o(const llama_lukv_scorer & s) {
+    if (s.params.at("average") == 0) {
+        return s.attn_sums;
+    }
+
+    std::vector<float> weights;
+    for (llama_pos pos : s.pos) {
+        weights.push_back(1.0f/(s.pos_max + 1 - pos));
+    }
+    return ggml_mul(s.ctx, s.attn_sums, s.input_f32(weights, s.n_cells()));
 }
 
 //
@@ -403,6 +424,107 @@ static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor *
 }
 
 //
+// for all heads of a layer
+//
+
+int32_t llama_lukv_layer_scorer::n_max() const {
+    int32_t res = 0;
+    for (const auto & seg : segs) {
+        res = std::max(res, seg.n);
+    }
+    return res;
+}
+
+ggml_tensor * llama_lukv_layer_scorer::input_segs() const {
+    std::vector<int32_t> res;
+    for (const auto & seg : segs) {
+        res.insert(res.end(), { seg.ih, seg.row, seg.n });
+    }
+    return input_i32(res, 3);
+}
+
+ggml_tensor * llama_lukv_layer_scorer::input_pos() const {
+    return input_i32(pos, pos.size());
+}
+
+static ggml_tensor * build_layer_norms(const llama_lukv_layer_scorer & s) {
+    const auto block = s.params.find("block");
+    const bool shares = block != s.params.end();
+
+    return ggml_norm_scores_ragged(s.ctx, s.k, shares ? s.v : nullptr, s.input_segs(), s.input_pos(), s.n_max(), shares ? block->second : 0);
+}
+
+static ggml_tensor * build_layer_streamingllm(const llama_lukv_layer_scorer & s) {
+    return s.input_f32(std::vector<float>(s.pos.begin(), s.pos.end()), s.pos.size());
+}
+
+static ggml_tensor * build_layer_random(const llama_lukv_layer_scorer & s) {
+    std::vector<float> res;
+    for (const auto & seg : s.segs) {
+        for (int32_t i = 0; i < seg.n; ++i) {
+            res.push_back(random_score(s.params, s.il, seg.ih, s.pos[res.size()]));
+        }
+    }
+
+    return s.input_f32(res, res.size());
+}
+
+static ggml_tensor * build_layer_window(const llama_lukv_layer_scorer & s) {
+    if (!s.q) {
+        return nullptr;
+    }
+
+    const auto gamma = s.params.find("gamma");
+
+    return ggml_window_scores_ragged(s.ctx, s.q, s.input_i32(s.pos_q, s.pos_q.size()), s.k, s.past, s.input_segs(), s.input_pos(),
+            s.n_head_kv, s.n_max(), s.pos_max, s.params.at("window"), s.params.at("kernel"), gamma != s.params.end() ? gamma->second : 0.0,
+            s.kq_scale, s.soft_cap);
+}
+
+static ggml_tensor * build_layer_expectedattention(const llama_lukv_layer_scorer & s) {
+    return ggml_expected_scores_ragged(s.ctx, s.q_mean, s.q_cov, s.k, s.params.at("vnorm") > 0 ? s.v : nullptr, s.input_segs(), s.input_pos(),
+            s.n_head_kv, s.n_max(), s.pos_min + s.sink, s.params.at("epsilon"), s.kq_scale);
+}
+
+static ggml_tensor * build_layer_capkv(const llama_lukv_layer_scorer & s) {
+    return ggml_leverage_scores_ragged(s.ctx, s.q_mean, s.k, s.v, s.input_segs(), s.input_pos(),
+            s.n_head_kv, s.n_max(), s.pos_min + s.sink, s.params.at("tau"), s.params.at("epsilon"));
+}
+
+static ggml_tensor * build_layer_h2o(const llama_lukv_layer_scorer & s) {
+    ggml_tensor * res = nullptr;
+    for (const auto & seg : s.segs) {
+        ggml_tensor * cur = ggml_view_1d(s.ctx, s.attn_sums, seg.n, seg.row*s.attn_sums->nb[1]);
+
+        res = res ? ggml_concat(s.ctx, res, cur, 0) : cur;
+    }
+    if (s.params.at("average") == 0) {
+        return res;
+    }
+
+    std::vector<float> weights;
+    for (llama_pos pos : s.pos) {
+        weights.push_back(1.0f/(s.pos_max + 1 - pos));
+    }
+    return ggml_mul(s.ctx, res, s.input_f32(weights, weights.size()));
+}
+
+static ggml_tensor * build_layer_criticalkv(const llama_lukv_layer_scorer & s, ggml_tensor * scores) {
+    if (!s.prot.empty()) {
+        scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, ggml_reshape_2d(s.ctx, scores, 1, s.pos.size())),
+                s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1), s.input_i32(s.prot, s.prot.size()));
+    }
+
+    std::vector<int32_t> n_first;
+    for (const auto & seg : s.segs) {
+        n_first.push_back(seg.n_keep/2);
+    }
+
+    return ggml_critical_scores_ragged(s.ctx, scores, s.out_norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
+            s.params.at("epsilon"), SCORE_CHOSEN);
+}
+
+//
 // registry
 //
 
@@ -425,6 +547,12 @@ static llama_lukv_needs needs_queries(const metric_params & values) {
     llama_lukv_needs res;
     res.n_future = values.at("future");
     res.q_cov    = covariance != values.end() && covariance->second > 0;
+    return res;
+}
+
+static llama_lukv_needs needs_attention(const metric_params &) {
+    llama_lukv_needs res;
+    res.attn_sums = true;
     return res;
 }
 
@@ -451,14 +579,23 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
         needs.out_norms = true;
         return needs;
     };
-    res.build_scores = [base](const llama_lukv_scorer & s) {
-        llama_lukv_scorer inner = s;
+
+    // epsilon is that of the wrapper, the other metric has its default
+    const auto inner_of = [base](auto s) {
         for (const auto & param : base.params) {
             if (std::string(param.name) == "epsilon") {
-                inner.params["epsilon"] = param.value;
+                s.params["epsilon"] = param.value;
             }
         }
-        return build_criticalkv(s, base.build(inner));
+        return s;
+    };
+    res.build_scores = [base, inner_of](const llama_lukv_scorer & s) {
+        return build_criticalkv(s, base.build(inner_of(s)));
+    };
+    res.build_layer_scores = [base, inner_of](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
+        ggml_tensor * scores = base.build(inner_of(s));
+
+        return scores ? build_layer_criticalkv(s, scores) : nullptr;
     };
 
     return res;
@@ -470,24 +607,29 @@ static std::vector<llama_lukv_metric> make_metrics() {
     const llama_lukv_metric::param carry  = { "carry",  true,  0, 0 };
     const llama_lukv_metric::param future = { "future", true, 512, 1 };
 
-    const llama_lukv_metric snapkv = { "snapkv", { window, kernel, carry }, needs_window, build_snapkv };
-    const llama_lukv_metric cake   = { "cake", { { "window", true, 32, 2 }, kernel, carry, { "gamma", false, 200.0, 0 } }, needs_window, build_cake };
+    const llama_lukv_metric snapkv = { "snapkv", { window, kernel, carry }, needs_window, build_snapkv, build_layer_window };
+    const llama_lukv_metric cake   = { "cake", { { "window", true, 32, 2 }, kernel, carry, { "gamma", false, 200.0, 0 } },
+        needs_window, build_cake, build_layer_window };
     const llama_lukv_metric expected = { "expectedattention",
-        { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } }, needs_queries, build_expectedattention };
+        { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } },
+        needs_queries, build_expectedattention, build_layer_expectedattention };
+    const llama_lukv_metric h2o = { "h2o", { { "average", true, 0, 0 } }, needs_attention, build_h2o, build_layer_h2o };
 
     return {
         cake,
-        { "capkv", { { "tau", false, 5.0, 0 }, future, { "epsilon", false, 1e-6, 0 } }, needs_queries, build_capkv },
+        { "capkv", { { "tau", false, 5.0, 0 }, future, { "epsilon", false, 1e-6, 0 } }, needs_queries, build_capkv, build_layer_capkv },
         wrap_criticalkv(cake),
         wrap_criticalkv(expected),
+        wrap_criticalkv(h2o),
         wrap_criticalkv(snapkv),
-        { "curdkv", { { "block", true, 16, 0 } }, needs_nothing, build_curdkv },
+        { "curdkv", { { "block", true, 16, 0 } }, needs_nothing, build_curdkv, build_layer_norms },
         expected,
-        { "keydiff",      {}, needs_nothing, build_keydiff },
-        { "knorm",        {}, needs_nothing, build_knorm },
-        { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random },
+        h2o,
+        { "keydiff",      {}, needs_nothing, build_keydiff, nullptr },
+        { "knorm",        {}, needs_nothing, build_knorm,   build_layer_norms },
+        { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random, build_layer_random },
         snapkv,
-        { "streamingllm", {}, needs_nothing, build_streamingllm },
+        { "streamingllm", {}, needs_nothing, build_streamingllm, build_layer_streamingllm },
     };
 }
 

@@ -13,7 +13,8 @@ struct ggml_tensor;
 //
 // intra-head metrics: scores that rank the cells of a head, the higher the longer they stay
 //
-// each is one function that builds a graph of stock ops for one head, so that it runs on every backend
+// each is one function that builds a graph of stock ops for one head, so that it runs on every backend. most have another one
+// for devices with ops for the heads of a layer together
 // lukv_gguf/metrics/ has the same ones in Python, with their sources
 //
 
@@ -25,6 +26,7 @@ struct llama_lukv_needs {
     bool q_cov     = false; // and their covariance
     bool out_norms = false; // ||v W_O||_1 of each cell
     bool past      = false; // what earlier commits said about each cell
+    bool attn_sums = false; // attention that each cell has received from all queries so far
 };
 
 // by name, as in lukv.metric.<name>
@@ -64,9 +66,11 @@ struct llama_lukv_scorer {
     ggml_tensor * q_cov  = nullptr;  // [n_embd_head_k, n_embd_head_k, n_gqa]
 
     ggml_tensor * out_norms = nullptr; // [1, n_cells]
+    ggml_tensor * attn_sums = nullptr; // [n_cells]
 
     ggml_tensor * past = nullptr; // 0 for new cells [n_cells]
     std::function<void (ggml_tensor * cur)> set_past;
+    std::function<void (ggml_tensor * cur)> on_cpu; // not on the device of the cells
 
     uint32_t n_gqa = 1;
 
@@ -74,6 +78,57 @@ struct llama_lukv_scorer {
 
     int64_t n_cells() const { return pos.size(); }
     bool    is_sink(int64_t i) const { return pos[i] - pos_min < (llama_pos) sink; }
+};
+
+// the same of some heads of a layer, one after the other
+struct llama_lukv_layer_scorer {
+    ggml_context * ctx;
+
+    std::function<ggml_tensor * (const std::vector<float>   & data, int64_t ne0)> input_f32;
+    std::function<ggml_tensor * (const std::vector<int32_t> & data, int64_t ne0)> input_i32;
+
+    llama_lukv_metric_params params;
+
+    uint32_t il = 0;
+
+    // all cells of the layer
+    ggml_tensor * k = nullptr; // [n_embd_head_k, n_rows]
+    ggml_tensor * v = nullptr; // [n_embd_head_v, n_rows]
+
+    ggml_tensor * out_norms = nullptr; // [1, n_rows]
+    ggml_tensor * attn_sums = nullptr; // [1, n_rows]
+    ggml_tensor * past      = nullptr; // [1, n_rows]
+
+    struct segment {
+        int32_t ih;     // KV head
+        int32_t row;    // first one
+        int32_t n;      // cells
+        int32_t n_keep; // of which stay
+    };
+    std::vector<segment> segs;
+
+    std::vector<llama_pos> pos;  // of the cells of all segments
+    std::vector<int32_t>   prot; // cells that are never evicted
+
+    llama_pos pos_min = 0;
+    llama_pos pos_max = 0;
+
+    uint32_t sink = 0;
+
+    float kq_scale = 1.0f;
+    float soft_cap = 0.0f;
+
+    std::vector<llama_pos> pos_q;
+    ggml_tensor * q      = nullptr; // [n_embd_head_k, n_head, n_queries]
+    ggml_tensor * q_mean = nullptr; // [n_embd_head_k, n_head]
+    ggml_tensor * q_cov  = nullptr; // [n_embd_head_k, n_embd_head_k, n_head]
+
+    uint32_t n_head_kv = 1;
+
+    int32_t n_max() const; // cells of a segment
+
+    ggml_tensor * input_segs() const; // I32 [3, n_segs]: KV head, first row, cells
+    ggml_tensor * input_pos () const; // I32 [n_cells]
 };
 
 class llama_lukv_metric {
@@ -96,6 +151,9 @@ public:
     // [n_cells]
     ggml_tensor * build(const llama_lukv_scorer & s) const { return build_scores(s); }
 
+    // for devices that have the op. nullptr if it is to be done head by head, nevertheless: [n_cells]
+    ggml_tensor * build(const llama_lukv_layer_scorer & s) const { return build_layer_scores ? build_layer_scores(s) : nullptr; }
+
     // tensors that build() makes, at most
     static constexpr uint32_t N_NODES = 64;
 
@@ -107,4 +165,5 @@ public:
 
     std::function<llama_lukv_needs (const llama_lukv_metric_params &)> needs_of;
     std::function<ggml_tensor    * (const llama_lukv_scorer        &)> build_scores;
+    std::function<ggml_tensor    * (const llama_lukv_layer_scorer  &)> build_layer_scores; // may be empty
 };

@@ -12,6 +12,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -101,6 +102,16 @@ struct runner {
         }
     }
 
+    // of a view of an input
+    std::vector<float> compute_inplace(ggml_tensor * out) {
+        prepare({ out });
+        GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+
+        std::vector<float> res(ggml_nelements(out));
+        ggml_backend_tensor_get(out, res.data(), 0, ggml_nbytes(out));
+        return res;
+    }
+
     template <typename T>
     std::vector<T> compute(ggml_tensor * out) {
         prepare({ out });
@@ -121,6 +132,31 @@ static double nmse(const std::vector<float> & a, const std::vector<double> & ref
         sum += ref[i]*ref[i];
     }
     return err/sum;
+}
+
+static double dot(int n, const float * x, const float * y) {
+    double sum = 0.0;
+    for (int i = 0; i < n; ++i) {
+        sum += double(x[i])*y[i];
+    }
+    return sum;
+}
+
+// v A^-1 v for a symmetric positive definite A, by elimination
+static double quadratic_form_of_inverse(int n, std::vector<double> a, const float * v) {
+    std::vector<double> x(v, v + n);
+    double sum = 0.0;
+    for (int i = 0; i < n; ++i) {
+        for (int j = i + 1; j < n; ++j) {
+            const double f = a[j*n + i]/a[i*n + i];
+            for (int l = i; l < n; ++l) {
+                a[j*n + l] -= f*a[i*n + l];
+            }
+            x[j] -= f*x[i];
+        }
+        sum += x[i]*x[i]/a[i*n + i];
+    }
+    return sum;
 }
 
 struct attn_case {
@@ -276,6 +312,385 @@ static double run_keydiff(ggml_backend_t backend, ggml_type type, int d, int n_h
     return nmse(res, ref);
 }
 
+// accumulated attention. n_seqs runs of n_tokens tokens each, whose own cells are the last ones
+static double run_attn_sums(ggml_backend_t backend, ggml_type type, int d, int n_head_kv, int n_gqa, int n_tokens, int n_max, int n_seqs, float softcap) {
+    int64_t n_rows;
+    auto segs = make_segs(n_head_kv*n_seqs, n_tokens, n_max, n_rows);
+    if (n_seqs > 1) {
+        segs[0].n = 0;
+    }
+
+    const int n_head = n_head_kv*n_gqa;
+
+    const rows k(type, d, n_rows);
+    const auto q     = random_floats(d*n_head*n_tokens*n_seqs);
+    const auto old   = random_floats(n_rows);
+    const float scale = 2.0f/sqrtf(d);
+
+    std::vector<int32_t> n_hidden;
+    for (int i = 0; i < n_seqs*n_tokens; ++i) {
+        n_hidden.push_back(n_tokens - 1 - i%n_tokens);
+    }
+
+    runner run(backend);
+    ggml_tensor * sums = run.input(GGML_TYPE_F32, { 1, n_rows }, old);
+    ggml_tensor * out  = ggml_attn_sums_ragged(run.ctx.get(), run.input(GGML_TYPE_F32, { d, n_head, n_tokens*n_seqs }, q), run.input(type, { d, n_rows }, k.data),
+            run.input(GGML_TYPE_I32, { 2, n_head_kv, n_seqs }, segs), run.input(GGML_TYPE_I32, { n_tokens*n_seqs }, n_hidden), sums, scale, softcap);
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    const auto res = run.compute_inplace(out);
+
+    std::vector<double> ref(old.begin(), old.end());
+    for (size_t is = 0; is < segs.size(); ++is) {
+        const seg & s = segs[is];
+        for (int i = std::max(s.n - n_tokens, 0); i < s.n; ++i) {
+            ref[s.first + i] = 0.0;
+        }
+        for (int t = is/n_head_kv*n_tokens; t < int(is/n_head_kv + 1)*n_tokens; ++t) {
+            for (int h = is%n_head_kv*n_gqa; h < int(is%n_head_kv + 1)*n_gqa; ++h) {
+                std::vector<double> p(std::max(s.n - n_hidden[t], 0));
+                double sum = 0.0;
+                for (size_t i = 0; i < p.size(); ++i) {
+                    double x = scale*dot(d, &q[(size_t(t)*n_head + h)*d], &k.values[(s.first + i)*d]);
+                    if (softcap != 0.0f) {
+                        x = softcap*tanh(x/softcap);
+                    }
+                    sum += p[i] = exp(x);
+                }
+                for (size_t i = 0; i < p.size(); ++i) {
+                    ref[s.first + i] += p[i]/sum/n_gqa;
+                }
+            }
+        }
+    }
+    return nmse(res, ref);
+}
+
+static double run_value_norms(ggml_backend_t backend, ggml_type type, ggml_type type_w, int d, int n_head_kv, int n_gqa, int n_embd, int n_max, int n_rot) {
+    int64_t n_rows;
+    const auto segs = make_segs(n_head_kv, 1, n_max, n_rows);
+
+    const int n_head = n_head_kv*n_gqa;
+
+    const rows v(type, d, n_rows);
+    const rows w(type_w, d*n_head, n_embd);
+    const auto old = random_floats(n_rows);
+
+    // a reflection: symmetric, and its own inverse
+    std::vector<float> axis = random_floats(std::max(n_rot, 1));
+    std::vector<float> rot(n_rot*n_rot);
+    for (int i = 0; i < n_rot; ++i) {
+        for (int j = 0; j < n_rot; ++j) {
+            rot[i*n_rot + j] = (i == j) - 2.0*axis[i]*axis[j]/dot(n_rot, axis.data(), axis.data());
+        }
+    }
+
+    runner run(backend);
+    ggml_tensor * out = ggml_value_norms_ragged(run.ctx.get(), run.input(type, { d, n_rows }, v.data), run.input(type_w, { d*n_head, n_embd }, w.data),
+            n_rot > 0 ? run.input(GGML_TYPE_F32, { n_rot, n_rot }, rot) : nullptr, run.input(GGML_TYPE_I32, { 2, n_head_kv }, segs),
+            run.input(GGML_TYPE_F32, { 1, n_rows }, old));
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    const auto res = run.compute_inplace(out);
+
+    std::vector<double> ref(old.begin(), old.end());
+    for (int h = 0; h < n_head_kv; ++h) {
+        for (int i = segs[h].first; i < segs[h].first + segs[h].n; ++i) {
+            std::vector<float> x(&v.values[i*d], &v.values[i*d] + d);
+            for (int j = 0; n_rot > 0 && j < d; ++j) {
+                x[j] = dot(n_rot, &rot[j%n_rot*n_rot], &v.values[i*d + j/n_rot*n_rot]);
+            }
+            double sum = 0.0;
+            for (int e = 0; e < n_embd; ++e) {
+                for (int g = 0; g < n_gqa; ++g) {
+                    sum += fabs(dot(d, x.data(), &w.values[(size_t(e)*n_head + h*n_gqa + g)*d]));
+                }
+            }
+            ref[i] = sum/n_gqa;
+        }
+    }
+    return nmse(res, ref);
+}
+
+struct score_case {
+    ggml_scores_ragged kind;
+
+    ggml_type type;
+    int d;
+    int n_head_kv;
+    int n_gqa;
+    int n_max;
+    int n_q     = 0;
+    int variant = 0;
+
+    std::string name() const {
+        char buf[256];
+        snprintf(buf, sizeof(buf), "SCORES_RAGGED(kind=%d,type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_max=%d,n_q=%d,variant=%d)",
+                kind, ggml_type_name(type), d, n_head_kv, n_gqa, n_max, n_q, variant);
+        return buf;
+    }
+};
+
+// scores of all KV heads but one
+static double run_scores(ggml_backend_t backend, const score_case & c) {
+    int64_t n_rows;
+    auto all = make_segs(c.n_head_kv, 1, c.n_max, n_rows);
+
+    const int n_head   = c.n_head_kv*c.n_gqa;
+    const int d        = c.d;
+    const int pos_last = 2*c.n_max;
+    const int window   = c.n_q + 3;
+
+    const int sink = 5;
+
+    std::vector<std::array<int32_t, 3>> segs;
+    std::vector<int32_t> pos;
+    int n_longest = 0;
+    for (int h = 0; h < c.n_head_kv; ++h) {
+        if (h == 1) {
+            continue;
+        }
+        segs.push_back({ h, all[h].first, all[h].n });
+        n_longest = std::max(n_longest, all[h].n);
+
+        // the latest ones are there, in any order
+        std::vector<int32_t> some(pos_last + 1);
+        for (int i = 0; i <= pos_last; ++i) {
+            some[i] = i;
+        }
+        std::shuffle(some.begin(), some.end() - std::min(2*c.n_q, all[h].n), rng);
+        std::reverse(some.begin(), some.end());
+        some.resize(all[h].n);
+        std::shuffle(some.begin(), some.end(), rng);
+        pos.insert(pos.end(), some.begin(), some.end());
+    }
+
+    const rows k(c.type, d, n_rows);
+    const rows v(c.type, d, n_rows);
+
+    const auto q    = random_floats(d*n_head*std::max(c.n_q, 1));
+    const auto past = random_floats(n_rows, 0.001f);
+
+    // symmetric
+    auto cov = random_floats(d*d*n_head, 0.1f/sqrtf(d));
+    for (int h = 0; h < n_head; ++h) {
+        for (int i = 0; i < d; ++i) {
+            for (int j = 0; j < i; ++j) {
+                cov[(h*d + i)*d + j] = cov[(h*d + j)*d + i];
+            }
+        }
+    }
+    std::vector<int32_t> pos_q;
+    for (int i = 0; i < c.n_q; ++i) {
+        pos_q.push_back(pos_last - c.n_q + 1 + i);
+    }
+
+    const float scale   = 1.0f/sqrtf(d);
+    const float gamma   = c.variant == 1 ? 50.0f : 0.0f;
+    const float softcap = c.variant == 2 ? 3.0f : 0.0f;
+    const int   kernel  = c.variant == 3 ? 1 : 5;
+    const int   block   = c.variant == 2 ? 0 : 16;
+
+    runner run(backend);
+    auto * ctx = run.ctx.get();
+
+    ggml_tensor * tk    = run.input(c.type, { d, n_rows }, k.data);
+    ggml_tensor * tv    = run.input(c.type, { d, n_rows }, v.data);
+    ggml_tensor * tsegs = run.input(GGML_TYPE_I32, { 3, (int64_t) segs.size() }, segs);
+    ggml_tensor * tpos  = run.input(GGML_TYPE_I32, { (int64_t) pos.size() }, pos);
+
+    ggml_tensor * tpast = nullptr;
+    ggml_tensor * out   = nullptr;
+
+    std::vector<int32_t> n_first;
+    const auto scores = random_floats(pos.size());
+
+    switch (c.kind) {
+        case GGML_SCORES_RAGGED_NORM:
+            out = ggml_norm_scores_ragged(ctx, tk, c.variant == 0 ? nullptr : tv, tsegs, tpos, n_longest, block);
+            break;
+        case GGML_SCORES_RAGGED_WINDOW:
+            tpast = c.variant == 1 ? run.input(GGML_TYPE_F32, { 1, n_rows }, past) : nullptr;
+            out   = ggml_window_scores_ragged(ctx, run.input(GGML_TYPE_F32, { d, n_head, c.n_q }, q), run.input(GGML_TYPE_I32, { c.n_q }, pos_q), tk, tpast,
+                    tsegs, tpos, c.n_head_kv, n_longest, pos_last, window, kernel, gamma, scale, softcap);
+            break;
+        case GGML_SCORES_RAGGED_EXPECTED:
+            out = ggml_expected_scores_ragged(ctx, run.input(GGML_TYPE_F32, { d, n_head }, q), c.variant == 1 ? nullptr : run.input(GGML_TYPE_F32, { d, d, n_head }, cov),
+                    tk, c.variant == 2 ? nullptr : tv, tsegs, tpos, c.n_head_kv, n_longest, sink, 0.02f, scale);
+            break;
+        case GGML_SCORES_RAGGED_LEVERAGE:
+            out = ggml_leverage_scores_ragged(ctx, run.input(GGML_TYPE_F32, { d, n_head }, q), tk, tv, tsegs, tpos, c.n_head_kv, n_longest, sink,
+                    c.variant == 1 ? 0.0f : 5.0f, 1e-6f);
+            break;
+        default:
+            for (const auto & s : segs) {
+                n_first.push_back(n_first.empty() ? 0 : s[2]/3);
+            }
+            out = ggml_critical_scores_ragged(ctx, run.input(GGML_TYPE_F32, { (int64_t) pos.size() }, scores), run.input(GGML_TYPE_F32, { 1, n_rows }, past),
+                    tsegs, run.input(GGML_TYPE_I32, { (int64_t) segs.size() }, n_first), n_longest, 1e-4f, 10.0f);
+    }
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    const auto res = run.compute<float>(out);
+
+    std::vector<float> past_new(n_rows);
+    if (tpast) {
+        ggml_backend_tensor_get(tpast, past_new.data(), 0, ggml_nbytes(tpast));
+    }
+
+    std::vector<double> ref(pos.size());
+
+    double err_past = 0.0;
+
+    size_t offs = 0;
+    for (size_t is = 0; is < segs.size(); ++is) {
+        const int h   = segs[is][0];
+        const int row = segs[is][1];
+        const int n   = segs[is][2];
+
+        const int32_t * p = &pos[offs];
+        double        * r = &ref[offs];
+
+        const auto K = [&](int i) { return &k.values[int64_t(row + i)*d]; };
+        const auto V = [&](int i) { return &v.values[int64_t(row + i)*d]; };
+
+        std::vector<int> order(n);
+        for (int i = 0; i < n; ++i) {
+            order[i] = i;
+        }
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return p[a] < p[b]; });
+
+        // softmax over the cells, of those that take part
+        const auto softmax = [&](std::vector<double> x, const auto & seen) {
+            double sum = 0.0;
+            for (int i = 0; i < n; ++i) {
+                sum += x[i] = seen(i) ? exp(x[i]) : 0.0;
+            }
+            for (auto & cur : x) {
+                cur = sum > 0.0 ? cur/sum : 0.0;
+            }
+            return x;
+        };
+
+        if (c.kind == GGML_SCORES_RAGGED_NORM) {
+            for (int first = 0; first < n; first += block > 0 ? block : n) {
+                const int last = block > 0 ? std::min(first + block, n) : n;
+                double sum_k = 0.0;
+                double sum_v = 0.0;
+                for (int j = first; j < last; ++j) {
+                    sum_k += dot(d, K(order[j]), K(order[j]));
+                    sum_v += dot(d, V(order[j]), V(order[j]));
+                }
+                for (int j = first; j < last; ++j) {
+                    const int i = order[j];
+                    r[i] = c.variant == 0 ? -sqrt(dot(d, K(i), K(i))) : dot(d, K(i), K(i))/sum_k*dot(d, V(i), V(i))/sum_v;
+                }
+            }
+        } else if (c.kind == GGML_SCORES_RAGGED_WINDOW) {
+            std::vector<double> seen(n);
+            for (int g = 0; g < c.n_gqa; ++g) {
+                std::vector<std::vector<double>> attention;
+                for (int t = 0; t < c.n_q; ++t) {
+                    std::vector<double> x(n);
+                    for (int i = 0; i < n; ++i) {
+                        x[i] = scale*dot(d, K(i), &q[(size_t(t)*n_head + h*c.n_gqa + g)*d]);
+                        x[i] = softcap > 0.0f ? softcap*tanh(x[i]/softcap) : x[i];
+                    }
+                    const bool none = p[order[0]] > pos_q[t];
+                    attention.push_back(softmax(x, [&](int i) { return none || p[i] <= pos_q[t]; }));
+                }
+                for (int i = 0; i < n; ++i) {
+                    double mean = 0.0;
+                    double var  = 0.0;
+                    for (const auto & a : attention) {
+                        mean += a[i]/c.n_q;
+                    }
+                    for (const auto & a : attention) {
+                        var += c.n_q > 1 ? (a[i] - mean)*(a[i] - mean)/(c.n_q - 1) : 0.0;
+                    }
+                    seen[i] += (mean + gamma*var)/c.n_gqa;
+                }
+            }
+            std::vector<int> outside;
+            for (int i : order) {
+                if (pos_last - p[i] >= window) {
+                    outside.push_back(i);
+                }
+            }
+            for (int i : order) {
+                const double before = tpast ? past[row + i] : 0.0;
+
+                const auto it = std::find(outside.begin(), outside.end(), i);
+                if (it == outside.end()) {
+                    r[i] = before + 1.0 + 0.5*gamma + 1.0 - double(pos_last - p[i])/window;
+                    continue;
+                }
+                const int j = it - outside.begin();
+                for (int m = std::max(j - kernel/2, 0); m <= j + kernel/2 && m < (int) outside.size(); ++m) {
+                    r[i] += seen[outside[m]]/kernel;
+                }
+                if (tpast) {
+                    r[i] = std::max(r[i], before);
+                    err_past = std::max(err_past, fabs(past_new[row + i] - r[i]));
+                }
+            }
+        } else if (c.kind == GGML_SCORES_RAGGED_EXPECTED) {
+            for (int g = 0; g < c.n_gqa; ++g) {
+                const int ig = h*c.n_gqa + g;
+                std::vector<double> x(n);
+                for (int i = 0; i < n; ++i) {
+                    x[i] = scale*dot(d, K(i), &q[ig*d]);
+                    for (int j = 0; c.variant != 1 && j < d; ++j) {
+                        x[i] += 0.5*scale*scale*K(i)[j]*dot(d, K(i), &cov[(size_t(ig)*d + j)*d]);
+                    }
+                }
+                x = softmax(x, [&](int i) { return p[i] >= sink; });
+                for (int i = 0; i < n; ++i) {
+                    r[i] += x[i]/c.n_gqa;
+                }
+            }
+            for (int i = 0; c.variant != 2 && i < n; ++i) {
+                r[i] = (r[i] + 0.02f)*sqrt(dot(d, V(i), V(i)));
+            }
+        } else if (c.kind == GGML_SCORES_RAGGED_LEVERAGE) {
+            for (int g = 0; g < c.n_gqa; ++g) {
+                const float * m = &q[(h*c.n_gqa + g)*d];
+                std::vector<double> w(n);
+                double largest = -1.0;
+                for (int i = 0; i < n; ++i) {
+                    w[i] = dot(d, K(i), m)/sqrt(dot(d, K(i), K(i))*dot(d, m, m));
+                    largest = p[i] >= sink ? std::max(largest, w[i]) : largest;
+                }
+                std::vector<double> a(d*d);
+                for (int i = 0; i < n; ++i) {
+                    w[i] = p[i] >= sink ? exp((c.variant == 1 ? 0.0 : 5.0)*(w[i] - largest)) : 0.0;
+                    for (int x = 0; p[i] >= sink && x < d*d; ++x) {
+                        a[x] += (w[i] + 1e-6)*V(i)[x/d]*V(i)[x%d];
+                    }
+                }
+                for (int x = 0; x < d; ++x) {
+                    a[x*d + x] += 1.0;
+                }
+                for (int i = 0; i < n; ++i) {
+                    r[i] += w[i]*quadratic_form_of_inverse(d, a, V(i))/c.n_gqa;
+                }
+            }
+        } else {
+            std::sort(order.begin(), order.end(), [&](int a, int b) { return scores[offs + a] > scores[offs + b]; });
+            for (int j = 0; j < n; ++j) {
+                const int i = order[j];
+                r[i] = j < n_first[is] ? 10.0f : (scores[offs + i] + 1e-4f)*past[row + i];
+            }
+        }
+        offs += n;
+    }
+
+    return nmse(res, ref) + err_past*err_past;
+}
+
 static double run_bottom_k(ggml_backend_t backend, int n_segs, int n_max, int n_values) {
     int64_t n_rows;
     const auto segs = make_segs(n_segs, 1, n_max, n_rows);
@@ -378,6 +793,39 @@ static bool test(ggml_backend_t backend) {
         for (int d : { 64, 80, 96, 128, 256 }) {
             if (d % ggml_blck_size(type) == 0) {
                 check(std::string("KEYDIFF_RAGGED(") + ggml_type_name(type) + "," + std::to_string(d) + ")", run_keydiff(backend, type, d, 5, 3000), 1e-9);
+            }
+        }
+    }
+
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int d : { 64, 96, 128 }) {
+            for (int n_tokens : { 1, 3, 100 }) {
+                for (int n_seqs : { 1, 3 }) {
+                    char name[256];
+                    snprintf(name, sizeof(name), "SCORES_RAGGED(attn_sums,type=%s,d=%d,n_tokens=%d,n_seqs=%d)", ggml_type_name(type), d, n_tokens, n_seqs);
+                    check(name, run_attn_sums(backend, type, d, 3, 1 + d/64, n_tokens, 700, n_seqs, n_tokens == 3 ? 4.0f : 0.0f), 1e-9);
+                }
+            }
+        }
+        check("SCORES_RAGGED(value_norms)",      run_value_norms(backend, type, GGML_TYPE_F16, 64, 3, 3, 576, 200, 0),  1e-9);
+        check("SCORES_RAGGED(value_norms, rot)", run_value_norms(backend, type, GGML_TYPE_F32, 128, 2, 2, 70, 100, 64), 1e-9);
+
+        for (int variant : { 0, 1, 2, 3 }) {
+            std::vector<score_case> cases = {
+                { GGML_SCORES_RAGGED_NORM,     type,  64, 4, 1, 900,  0, variant },
+                { GGML_SCORES_RAGGED_WINDOW,   type,  64, 3, 3, 900, 32, variant },
+                { GGML_SCORES_RAGGED_WINDOW,   type, 128, 2, 1, 300,  5, variant },
+                { GGML_SCORES_RAGGED_WINDOW,   type,  96, 2, 7,  20, 16, variant },
+                { GGML_SCORES_RAGGED_EXPECTED, type,  64, 3, 3, 900,  0, variant },
+                { GGML_SCORES_RAGGED_EXPECTED, type, 128, 2, 4, 150,  0, variant },
+                { GGML_SCORES_RAGGED_CRITICAL, type,  64, 4, 1, 900,  0, variant },
+            };
+            if (variant < 2) {
+                cases.push_back({ GGML_SCORES_RAGGED_LEVERAGE, type, 64, 3, 3, 300, 0, variant });
+                cases.push_back({ GGML_SCORES_RAGGED_LEVERAGE, type, 96, 2, 2,  70, 0, variant });
+            }
+            for (const auto & c : cases) {
+                check(c.name(), run_scores(backend, c), c.kind == GGML_SCORES_RAGGED_LEVERAGE ? 1e-8 : 1e-9);
             }
         }
     }
