@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class Run:
     n_gpu_layers: int
     flash_attn: bool
     kv_type: str
+    cells: tuple[int, int] | None = None
+    """Cells that every ubatch at the end of reading, and the first generated token, find: what is read beyond them is
+    removed again. None: all that was read."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class BenchResult:
     prefill_tps_*, decode_tps_* : tokens per second, reading `depth` tokens and then generating.
     prefill_end_tps_* : the same for the last tokens that are read, up to four ubatches: the rate at that depth.
     token_ms_* : milliseconds that the slowest of 100 generated tokens takes (99th percentile): what a commit costs.
-    *_stock_same_cells : stock at the depth ``ratio * depth``: as many cells as LU-KV keeps.
+    *_stock_same_cells : stock with as many cells as LU-KV's heads have on average: before each of the last ubatches, and
+        while tokens are generated.
+    cells_prefill_end, cells_decode : these cells per head, a ubatch's own not counted.
+    commit_share_prefill, commit_share_decode : part of LU-KV's time that commits take.
     peak_rss_* : largest resident memory of the process, bytes.
     token_times_ms : of each generated token, by side ("stock", "LU-KV", "stock, same cells"), in the order of the tokens and
         over all runs; not in `to_dict`.
@@ -73,6 +79,10 @@ class BenchResult:
     prefill_end_tps_stock: float
     prefill_end_tps_lukv: float
     prefill_end_tps_stock_same_cells: float
+    cells_prefill_end: int
+    cells_decode: int
+    commit_share_prefill: float
+    commit_share_decode: float
     peak_rss_stock: int
     peak_rss_lukv: int
     token_times_ms: dict[str, list[float]]
@@ -128,24 +138,18 @@ def bench(
             raise LukvError(f"{model} has no LU-KV table: embed one (lukv-gguf embed) or give --ratio for uniform budgets")
         ratio = embedded.ratio
 
-    def run(side_ratio: float | None, side_depth: int) -> Run:
-        return Run(
-            str(model), side_ratio, n_ctx, side_depth, n_gen, n_ubatch, n_threads, n_gpu_layers, flash_attn, kv_type
-        )
-
-    sides = {
-        "stock": run(None, depth),
-        "LU-KV": run(ratio, depth),
-        "stock, same cells": run(None, max(1, round(ratio * depth))),
-    }
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    lukv = Run(str(model), ratio, n_ctx, depth, n_gen, n_ubatch, n_threads, n_gpu_layers, flash_attn, kv_type)
+    results: dict[str, list[dict[str, Any]]] = {"stock": [], "LU-KV": [], "stock, same cells": []}
     for i in range(repeat):
-        for j, (name, side) in enumerate(sides.items()):
+        for j, name in enumerate(results):
             if progress is not None:
-                progress(name, i * len(sides) + j, repeat * len(sides))
+                progress(name, i * len(results) + j, repeat * len(results))
+            side = lukv if name == "LU-KV" else replace(lukv, ratio=None)
+            if name == "stock, same cells":
+                side = replace(side, cells=tuple(results["LU-KV"][0]["cells"]))
             results[name].append(_measure_in_process(side))
     if progress is not None:
-        progress("done", repeat * len(sides), repeat * len(sides))
+        progress("done", repeat * len(results), repeat * len(results))
 
     def best(name: str, field: str) -> float:
         return max(result[field] for result in results[name])
@@ -166,6 +170,10 @@ def bench(
         prefill_end_tps_stock=best("stock", "prefill_end_tps"),
         prefill_end_tps_lukv=best("LU-KV", "prefill_end_tps"),
         prefill_end_tps_stock_same_cells=best("stock, same cells", "prefill_end_tps"),
+        cells_prefill_end=results["LU-KV"][0]["cells"][0],
+        cells_decode=results["LU-KV"][0]["cells"][1],
+        commit_share_prefill=best("LU-KV", "commit_share_prefill"),
+        commit_share_decode=best("LU-KV", "commit_share_decode"),
         peak_rss_stock=best("stock", "peak_rss"),
         peak_rss_lukv=best("LU-KV", "peak_rss"),
         token_times_ms={name: [time for run in runs for time in run["token_times_ms"]] for name, runs in results.items()},
@@ -220,29 +228,64 @@ def measure(run: Run) -> dict[str, Any]:
     tokens = (text * (run.depth // len(text) + 2))[: run.depth + run.n_gen]
 
     def evaluate(tokens: list[int]) -> float:
-        """The time when all of it is done: a GPU still works when `eval` returns."""
+        """Seconds until all of it is done: a GPU still works when `eval` returns."""
+        start = time.perf_counter()
         if tokens:
             llama.eval(tokens)
         llama_synchronize(llama.ctx)
-        return time.perf_counter()
+        return time.perf_counter() - start
+
+    def truncate(n_tokens: int) -> None:
+        llama._ctx.kv_cache_seq_rm(0, n_tokens, -1)
+        llama.n_tokens = n_tokens
+
+    def n_cells() -> float:
+        """Cells per head, on average: of layers that are not budgeted, the sequence's."""
+        if run.ratio is None:
+            return llama.n_tokens
+        used = runtime.usage(llama).used
+        return float(used[used >= 0].mean())
+
+    def commit_seconds() -> float:
+        return runtime.usage(llama).commit_ms / 1000.0 if run.ratio is not None else 0.0
 
     evaluate(tokens[:1])  # the first computation allocates
     llama.reset()
     llama._ctx.kv_cache_clear()
 
     n_end = min(4 * run.n_ubatch, run.depth)
+    before, first = (run.depth - n_end, run.depth) if run.cells is None else run.cells
+    committed = [commit_seconds()]
 
-    start = time.perf_counter()
-    near = evaluate(tokens[: run.depth - n_end])
-    read = evaluate(tokens[run.depth - n_end : run.depth])
-    times = [read, *(evaluate([token]) for token in tokens[run.depth :])]
+    near = evaluate(tokens[:before])
+    end, cells_end = 0.0, []
+    for i in range(0, n_end, run.n_ubatch):
+        n = min(run.n_ubatch, n_end - i)
+        if run.cells is not None:
+            truncate(before)
+        end += evaluate(tokens[llama.n_tokens : llama.n_tokens + n])
+        cells_end.append(n_cells() - n)
+    if run.cells is not None:
+        truncate(min(first, llama.n_tokens))
+        evaluate(tokens[llama.n_tokens : first])
+    committed.append(commit_seconds())
+
+    times, cells = [], []
+    for _ in range(run.n_gen):
+        times.append(evaluate([tokens[llama.n_tokens]]))
+        cells.append(n_cells())
+    committed.append(commit_seconds())
+
     return {
         "kv_bytes": runtime.memory_size(llama),
-        "prefill_tps": run.depth / (read - start),
-        "prefill_end_tps": n_end / (read - near),
-        "decode_tps": run.n_gen / (times[-1] - read),
-        "token_ms": 1000.0 * float(np.quantile(np.diff(times), 0.99)),
-        "token_times_ms": (1000.0 * np.diff(times)).tolist(),
+        "prefill_tps": (before + n_end) / (near + end),
+        "prefill_end_tps": n_end / end,
+        "decode_tps": run.n_gen / sum(times),
+        "token_ms": 1000.0 * float(np.quantile(times, 0.99)),
+        "token_times_ms": [1000.0 * seconds for seconds in times],
+        "cells": [round(np.mean(cells_end)), max(1, round(np.mean(cells) - run.n_gen / 2))],
+        "commit_share_prefill": (committed[1] - committed[0]) / (near + end),
+        "commit_share_decode": (committed[2] - committed[1]) / sum(times),
         "peak_rss": peak_rss(),
     }
 

@@ -452,8 +452,8 @@ def strip(model: Path, output: Path | None, force: bool) -> None:
 def bench(model: Path, as_json: bool, histogram: Path | None, **options: Any) -> None:
     """Measure memory and speed with LU-KV against the full cache.
 
-    Both sides run in turn, each in a process of its own; so does the full cache at the depth RATIO x DEPTH, which reads
-    as many cells as LU-KV keeps.
+    Both sides run in turn, each in a process of its own; so does the full cache with as many cells as LU-KV's heads have
+    on average.
     """
     from lukv_gguf.bench import bench as run_bench
 
@@ -770,6 +770,8 @@ def _print_bench(result: BenchResult) -> None:
     add("generating, tokens/s", result.decode_tps_stock, result.decode_tps_lukv, 1, 1)
     add("  slowest of 100 tokens, ms", result.token_ms_stock, result.token_ms_lukv, 1, 1)
     add("  full cache with as many cells", result.decode_tps_stock_same_cells, result.decode_tps_lukv, 1, 1)
+    for label, share in (("reading", result.commit_share_prefill), ("generating", result.commit_share_decode)):
+        table.add_row(f"part of the time for commits, {label}", "", f"{share:.2%}", "")
     Console(highlight=False).print(table)
 
 

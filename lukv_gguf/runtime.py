@@ -33,6 +33,8 @@ class CacheUsage:
         Kept fraction that the budgets are for.
     evictions, evicted : int
         Times that cells were evicted, and how many cells that were.
+    commit_ms : float
+        Milliseconds that commits took so far (scores, selection, moves).
     bytes, bytes_full : int
         Bytes allocated for K and V, and what a cache that keeps everything would take.
     """
@@ -43,6 +45,7 @@ class CacheUsage:
     ratio: float
     evictions: int
     evicted: int
+    commit_ms: float
     bytes: int
     bytes_full: int
 
@@ -68,6 +71,7 @@ def _library() -> ctypes.CDLL:
         "n_cells_recent": (ctypes.c_int32, [context]),
         "n_evictions": (ctypes.c_int64, [context]),
         "n_evicted": (ctypes.c_int64, [context]),
+        "t_commit_us": (ctypes.c_int64, [context]),
         "n_cells_owned": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
         "n_cells_used": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32]),
         "seq_n_cells_owned": (ctypes.c_int32, [context, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
@@ -157,6 +161,7 @@ def usage(llama: Any, sequence: int | None = None) -> CacheUsage:
         ratio=library.llama_lukv_ratio(context),
         evictions=library.llama_lukv_n_evictions(context),
         evicted=library.llama_lukv_n_evicted(context),
+        commit_ms=library.llama_lukv_t_commit_us(context) / 1000.0,
         bytes=library.llama_lukv_memory_size(context),
         bytes_full=library.llama_lukv_memory_size_full(context),
     )

@@ -3,8 +3,9 @@
     python scripts/bench_metrics.py MODEL.gguf [--tokens 8192] [--ratio 0.2] [--metric snapkv]
 
 Uniform budgets, f16 K and V. "select" is the computation of the scores (with the norms behind W_O) and the selection, "move"
-that of the surviving cells. What a metric keeps of the queries is computed with the model: it is in the time of the prompt. A
-trained metric gets weights by chance, which cost the same.
+that of the surviving cells. What a metric keeps of the queries, and the attention that the cells receive, are computed with the
+model: "collect" is what the prompt takes longer without its commits than with streamingllm, which keeps nothing. It is a
+difference of two runs, so it takes a quiet machine. A trained metric gets weights by chance, which cost the same.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
         if found := _COMMIT.search(text.decode(errors="replace")):
             commits.append((float(found[1]), float(found[2])))
 
-    folder = tempfile.TemporaryDirectory(dir=model.resolve().parent)
-    known = map(metrics.get, metrics.names())
-    for text in names or [metric.name for metric in known if metric.native and "capacity" in metric.policies]:
-        metric = metrics.parse(text)
+    def measure(metric: metrics.Metric) -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir=model.resolve().parent) as folder:
+            return measure_file(with_scorer(model, metric, folder) if metric.trained else model, metric)
+
+    def measure_file(path: Path, metric: metrics.Metric) -> dict[str, float]:
         llama = llama_cpp.Llama(
-            model_path=str(with_scorer(model, metric, folder.name) if metric.trained else model),
+            model_path=str(path),
             kv_overrides={
                 "lukv.ratio": ratio,
                 "lukv.metric": metric.name,
@@ -87,22 +89,21 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
         llama.eval(tokens)
         seconds = time.perf_counter() - started
         select, move = (sum(times) / 1000.0 for times in zip(*commits))
-        click.echo(
-            json.dumps(
-                {
-                    "metric": text,
-                    "tokens": len(tokens),
-                    "seconds": round(seconds, 2),
-                    "commits": len(commits),
-                    "select": round(select, 2),
-                    "move": round(move, 2),
-                    "select share": round(select / seconds, 4),
-                    "MiB": round(runtime.usage(llama).bytes / 2**20, 2),
-                }
-            )
-        )
+        size = runtime.usage(llama).bytes
         llama.close()
-    folder.cleanup()
+        return {"seconds": seconds, "commits": len(commits), "select": select, "move": move, "MiB": size / 2**20}
+
+    def prompt(found: dict[str, float]) -> float:
+        return found["seconds"] - found["select"] - found["move"]
+
+    plain = prompt(measure(metrics.get("streamingllm")))
+    known = map(metrics.get, metrics.names())
+    for text in names or [metric.name for metric in known if metric.native and "capacity" in metric.policies]:
+        found = measure(metrics.parse(text))
+        collect = prompt(found) - plain
+        shares = {"select share": found["select"] / found["seconds"], "collect share": collect / found["seconds"]}
+        rounded = {key: round(value, 4) for key, value in {**found, "collect": collect, **shares}.items()}
+        click.echo(json.dumps({"metric": text, "tokens": n_tokens - 1, "threads": n_threads, **rounded}))
 
 
 if __name__ == "__main__":

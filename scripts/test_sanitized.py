@@ -1,6 +1,6 @@
 """Build llama.cpp with AddressSanitizer and UndefinedBehaviorSanitizer, and run the native tests under them (Linux, GCC).
 
-    python scripts/test_sanitized.py [options of pytest]        # by default tests/test_native.py, without real models
+    python scripts/test_sanitized.py [options of pytest]        # by default TESTS below, without real models
 
 For every night rather than every change: the first build takes about 15 minutes on 2 cores, the tests about five times
 as long as usual. Sources and objects stay in the cache (upstream/, sanitized/ there). An error of AddressSanitizer ends
@@ -21,6 +21,7 @@ from build_llama_cpp import ROOT, cache_dir, fail
 from filelock import FileLock
 from test_upstream import patched_source
 
+TESTS = ("tests/test_native.py", "tests/test_native_metrics.py", "tests/test_sequences.py")  # the last with any operations
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g1")
 OPTIONS = [
     "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
@@ -71,7 +72,7 @@ def main() -> None:
             "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={folder}/ubsan",
         }
         ops = subprocess.run([libraries / "test-ragged-ops"], env=environment)
-        options = options or ["tests/test_native.py", "-m", "not real_model", "-k", "not damaged"]  # those run programs
+        options = options or [*TESTS, "-m", "not real_model", "-k", "not damaged"]  # those run programs
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
         python = {"LD_PRELOAD": " ".join(preloaded), "LLAMA_CPP_LIB_PATH": str(libraries)}
         tests = subprocess.run(command, cwd=ROOT, env=environment | python)

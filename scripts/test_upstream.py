@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import re
 import shutil
 import subprocess
@@ -106,7 +107,8 @@ def main() -> None:
         pattern = "^(" + "|".join(map(re.escape, chosen)) + ")$"
         command = [programs / "ctest", "--test-dir", build, "--timeout", 1200, "-R", pattern]
         command += ["--verbose" if arguments.verbose else "--output-on-failure"]
-        sys.exit(run(command).returncode)
+        # some run python3, with the packages of this environment
+        sys.exit(run(command, env=os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}).returncode)
 
 
 if __name__ == "__main__":

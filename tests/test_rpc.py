@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def servers() -> Iterator[list[str]]:
 
 def register(servers: list[str]) -> None:
     """Make devices of the servers, for the rest of the process."""
-    folder = Path(llama_cpp.__file__).parent / "lib"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     rpc, ggml = (ctypes.CDLL(str(folder / f"lib{name}{suffix}")) for name in ("ggml-rpc", "ggml"))
     rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p

@@ -255,3 +255,32 @@ def test_states_of_other_tables(embedded: Path) -> None:
         other.decode({0: [5]})
         assert runtime.usage(other.ctx).used.sum() > 1.5 * runtime.usage(context.ctx).used.sum()
         assert not other.restore(context.save(0), 1)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_damaged_states(tmp_path: Path, arch: str) -> None:
+    """Refused: the sequence is empty then, and another one sees nothing of it."""
+    plain, path = tmp_path / "plain.gguf", tmp_path / "lukv.gguf"
+    tiny = write_tiny(plain, arch, n_layer=4, d_head=64)
+    embed(plain, path, metadata(uneven_budget(tiny.n_layer, tiny.n_head_kv, RATIO), RATIO))
+    with Context(path, flash_attn=False) as context:  # here NaNs pass through a mask
+        context.decode({1: random_tokens(150)})
+        context.decode({0: random_tokens(200, 1)})
+        state = context.save(0)
+        context.remove(0)
+
+        def next_logits() -> np.ndarray:
+            logits = context.decode({1: [5]})[1]
+            context.remove(1, 150)
+            return logits
+
+        expected = next_logits()
+        rng, n = np.random.default_rng(2), len(state) // 3
+        starts = [0, len(state) - n, *rng.integers(0, len(state) - n, 4)]
+        damaged = [state[:start] + bytes([255]) * n + state[start + n :] for start in starts]
+        truncated = [state[:end] for end in [1, len(state) - 1, *rng.integers(1, len(state), 4)]]
+        for bad in damaged + truncated:
+            assert not context.restore(bad, 0)
+            assert context.length(0) == 0
+            assert nmse(expected, next_logits()) < 1e-9
+        assert context.restore(state, 0) and context.length(0) == 200

@@ -39,6 +39,9 @@ extern "C" {
     LLAMA_API int64_t llama_lukv_n_evictions(const struct llama_context * ctx);
     LLAMA_API int64_t llama_lukv_n_evicted  (const struct llama_context * ctx);
 
+    // time that commits (scores, selection, moves) took so far, without that of what a device still computes afterwards
+    LLAMA_API int64_t llama_lukv_t_commit_us(const struct llama_context * ctx);
+
     // cells of a head for all sequences: owned (its budget) and used
     // -1 if there is no such head, or if its layer is not budgeted (sliding window)
     LLAMA_API int32_t llama_lukv_n_cells_owned(const struct llama_context * ctx, int32_t il, int32_t ih);

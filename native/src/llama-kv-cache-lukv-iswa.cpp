@@ -1,5 +1,6 @@
 #include "llama-kv-cache-lukv-iswa.h"
 
+#include "llama-io.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -125,11 +126,19 @@ void llama_kv_cache_lukv_iswa::state_write(llama_io_write_i & io, llama_seq_id s
 }
 
 void llama_kv_cache_lukv_iswa::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
-        kv_base->state_read(io, seq_id, flags);
-    }
+    try {
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            kv_base->state_read(io, seq_id, flags);
+        }
 
-    kv_swa->state_read(io, seq_id, flags);
+        kv_swa->state_read(io, seq_id, flags);
+    } catch (const std::exception &) {
+        // a sequence is in both or in none
+        io.discard();
+        seq_rm(seq_id, -1, -1);
+
+        throw;
+    }
 }
 
 //

@@ -3,8 +3,8 @@
 #include "llama-context.h"
 #include "llama-kv-cache-lukv-iswa.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-lukv.h"
+#include "llama-lukv-state.h"
 #include "llama-model.h"
 
 #include "ggml-ragged.h"
@@ -50,7 +50,7 @@ static constexpr uint32_t N_NODES_ATTN_SUMS = 24;
 // rotations that are computed together
 static constexpr uint32_t N_ROTATIONS = 64;
 
-static constexpr uint32_t STATE_MAGIC = 0x6c756b76;
+static constexpr uint32_t STATE_MAGIC = 0x6c756b77; // of the format: another one for each change of it
 
 //
 // llama_kv_cache_lukv
@@ -180,8 +180,8 @@ llama_kv_cache_lukv::llama_kv_cache_lukv(
 
 llama_kv_cache_lukv::~llama_kv_cache_lukv() {
     if (n_tokens_all > 0) {
-        LLAMA_LOG_INFO("%s: %" PRId64 " tokens, %" PRId64 " evictions of %" PRId64 " cells, %.2f MiB instead of %.2f MiB\n", __func__,
-                n_tokens_all, n_evictions, n_evicted, kv.size()/1024.0/1024.0, size_stock()/1024.0/1024.0);
+        LLAMA_LOG_INFO("%s: %" PRId64 " tokens, %" PRId64 " evictions of %" PRId64 " cells, %.2f ms for commits, %.2f MiB instead of %.2f MiB\n", __func__,
+                n_tokens_all, n_evictions, n_evicted, t_commit_us/1000.0, kv.size()/1024.0/1024.0, size_stock()/1024.0/1024.0);
     }
 }
 
@@ -1448,8 +1448,12 @@ bool llama_kv_cache_lukv::evict(const std::vector<eviction> & evictions) {
         return true;
     }
 
+    const int64_t t_end_us = ggml_time_us();
+
     LLAMA_LOG_DEBUG("%s: %u recent cells, selection %.2f ms, moves %.2f ms\n", __func__, n_recent,
-            (t_selected_us - t_start_us)/1000.0, (ggml_time_us() - t_selected_us)/1000.0);
+            (t_selected_us - t_start_us)/1000.0, (t_end_us - t_selected_us)/1000.0);
+
+    t_commit_us += t_end_us - t_start_us;
 
     n_evictions += n_gone > 0;
     n_evicted   += n_gone;
@@ -1717,6 +1721,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 if (needs.plain) {
                     build_plain(s, inp_rot_k, inp_rot_v);
                 }
+                s.on_cpu    = [&](ggml_tensor * cur) { graph.devs.emplace_back(cur, nullptr); };
                 s.set_past  = [&, dst = s.past](ggml_tensor * cur) { ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur, dst)); };
 
                 cur.scores.push_back(ggml_reshape_1d(ctx, metric.build(s), n_cells));
@@ -1750,7 +1755,19 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         for (ggml_tensor * t : cur.scores) {
             graph.devs.emplace_back(t, dev);
         }
-        ggml_tensor * scores = concat(ctx, cur.scores);
+
+        // one copy of each, where pairwise concatenation would be several
+        ggml_tensor * scores = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, cur.n_rows);
+        ggml_set_input(scores);
+        graph.devs.emplace_back(scores, dev);
+
+        int64_t n_copied = 0;
+        for (ggml_tensor * t : cur.scores) {
+            const int64_t n = ggml_nelements(t);
+
+            ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, t, ggml_view_1d(ctx, scores, n, n_copied*scores->nb[0])));
+            n_copied += n;
+        }
 
         // after the removal of a tail there may be none
         if (!cur.rows_prot.empty()) {
@@ -2596,26 +2613,14 @@ uint64_t llama_kv_cache_lukv::hash_budget() const {
     return res;
 }
 
-template <typename T>
-static void write_val(llama_io_write_i & io, const T & val) {
-    io.write(&val, sizeof(val));
-}
-
-template <typename T>
-static T read_val(llama_io_read_i & io) {
-    T val;
-    io.read(&val, sizeof(val));
-    return val;
-}
-
 static void write_pos(llama_io_write_i & io, const std::vector<llama_pos> & pos) {
-    write_val<uint32_t>(io, pos.size());
+    llama_lukv_write<uint32_t>(io, pos.size());
     io.write(pos.data(), pos.size()*sizeof(llama_pos));
 }
 
 // positions as they are cached: within the range of the sequence, or a hole
 static std::vector<llama_pos> read_pos(llama_io_read_i & io, llama_pos pos_min, llama_pos pos_max, uint32_t n_max) {
-    const uint32_t n = read_val<uint32_t>(io);
+    const uint32_t n = llama_lukv_read<uint32_t>(io);
     if (n > n_max) {
         throw std::runtime_error(format("it has %u cells for a head, but there is room for %u", n, n_max));
     }
@@ -2634,14 +2639,14 @@ static std::vector<llama_pos> read_pos(llama_io_read_i & io, llama_pos pos_min, 
 void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     GGML_UNUSED(flags);
 
-    write_val<uint32_t>(io, STATE_MAGIC);
-    write_val<uint32_t>(io, params.n_layer);
-    write_val<uint32_t>(io, params.n_head_kv);
-    write_val<uint32_t>(io, type_k);
-    write_val<uint32_t>(io, type_v);
-    write_val<uint64_t>(io, hash_metric());
-    write_val<uint64_t>(io, hash_budget());
-    write_val<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
+    llama_lukv_write<uint32_t>(io, STATE_MAGIC);
+    llama_lukv_write<uint32_t>(io, params.n_layer);
+    llama_lukv_write<uint32_t>(io, params.n_head_kv);
+    llama_lukv_write<uint32_t>(io, type_k);
+    llama_lukv_write<uint32_t>(io, type_v);
+    llama_lukv_write<uint64_t>(io, hash_metric());
+    llama_lukv_write<uint64_t>(io, hash_budget());
+    llama_lukv_write<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
 
     seq_ids_t ids;
     for (const auto & [id, _] : seqs) {
@@ -2654,13 +2659,13 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
     for (llama_seq_id id : ids) {
         const auto & seq = seqs.at(id);
 
-        write_val(io, id);
-        write_val(io, seq.pos_min);
-        write_val(io, seq.pos_max);
+        llama_lukv_write(io, id);
+        llama_lukv_write(io, seq.pos_min);
+        llama_lukv_write(io, seq.pos_max);
         // for all sequences together only: one of them may find others beside it when it is restored
-        write_val<uint32_t>(io, seq_id < 0 ? seq.quota  : 0);
-        write_val<uint32_t>(io, seq_id < 0 ? seq.n_room : 0);
-        write_val<uint32_t>(io, seq.prefill_done + 2*seq.is_recorded);
+        llama_lukv_write<uint32_t>(io, seq_id < 0 ? seq.quota  : 0);
+        llama_lukv_write<uint32_t>(io, seq_id < 0 ? seq.n_room : 0);
+        llama_lukv_write<uint32_t>(io, seq.prefill_done + 2*seq.is_recorded);
 
         write_pos(io, seq.pos_recent);
         for (const auto & seg : seq.segs) {
@@ -2677,7 +2682,7 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
 
         for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
             for (ggml_tensor * t : layer.tensors()) {
-                io.write_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+                llama_lukv_write_rows(io, t, seq.segs[i].offs, n_cells[i]);
             }
         });
     }
@@ -2688,27 +2693,29 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
 
     seq_rm(seq_id, -1, -1);
 
+    seq_ids_t ids;
+
     try {
-        if (read_val<uint32_t>(io) != STATE_MAGIC) {
+        if (llama_lukv_read<uint32_t>(io) != STATE_MAGIC) {
             throw std::runtime_error("it was saved without LU-KV, or by another version of it");
         }
-        if (read_val<uint32_t>(io) != params.n_layer || read_val<uint32_t>(io) != params.n_head_kv ||
-                read_val<uint32_t>(io) != (uint32_t) type_k || read_val<uint32_t>(io) != (uint32_t) type_v) {
+        if (llama_lukv_read<uint32_t>(io) != params.n_layer || llama_lukv_read<uint32_t>(io) != params.n_head_kv ||
+                llama_lukv_read<uint32_t>(io) != (uint32_t) type_k || llama_lukv_read<uint32_t>(io) != (uint32_t) type_v) {
             throw std::runtime_error("it was saved for another model or another type of the KV cache");
         }
-        if (read_val<uint64_t>(io) != hash_metric()) {
+        if (llama_lukv_read<uint64_t>(io) != hash_metric()) {
             throw std::runtime_error("it was saved with another metric, policy, lukv.sink or lukv.recent: use those that it was saved with");
         }
-        const bool same_budget = read_val<uint64_t>(io) == hash_budget();
+        const bool same_budget = llama_lukv_read<uint64_t>(io) == hash_budget();
 
-        const uint32_t n_seqs = read_val<uint32_t>(io);
+        const uint32_t n_seqs = llama_lukv_read<uint32_t>(io);
         if (n_seqs > (seq_id < 0 ? n_seq_max : 1) || seqs.size() + n_seqs > n_seq_max) {
             throw std::runtime_error(format("it has %u sequences, but there is room for %zu", n_seqs, n_seq_max - seqs.size()));
         }
 
         std::map<llama_seq_id, kv_seq> added;
         for (uint32_t s = 0; s < n_seqs; ++s) {
-            const llama_seq_id id = read_val<llama_seq_id>(io);
+            const llama_seq_id id = llama_lukv_read<llama_seq_id>(io);
 
             const auto & seq = added[seq_id < 0 ? id : seq_id] = state_read_seq(io);
 
@@ -2718,7 +2725,6 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
             }
         }
 
-        seq_ids_t ids;
         for (const auto & [id, _] : added) {
             ids.push_back(id);
         }
@@ -2738,7 +2744,7 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
 
             for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
                 for (ggml_tensor * t : layer.tensors()) {
-                    io.read_tensor(t, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+                    llama_lukv_read_rows(io, t, seq.segs[i].offs, n_cells[i]);
                 }
             });
         }
@@ -2746,6 +2752,22 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         LLAMA_LOG_ERROR("%s: the state cannot be restored: %s\n", __func__, err.what());
 
         io.discard();
+
+        // some cells may have been written. they are masked from now on, but they are read: no NaNs
+        for (llama_seq_id id : ids) {
+            if (seqs.count(id) == 0) {
+                continue;
+            }
+            const auto & seq = seqs.at(id);
+
+            const auto n_cells = n_cells_of(seq);
+
+            for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+                for (ggml_tensor * t : layer.tensors()) {
+                    ggml_backend_tensor_memset(t, 0, seq.segs[i].offs*t->nb[1], n_cells[i]*t->nb[1]);
+                }
+            });
+        }
         seq_rm(seq_id, -1, -1);
 
         throw std::runtime_error("failed to restore kv cache");
@@ -2754,11 +2776,11 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
 
 llama_kv_cache_lukv::kv_seq llama_kv_cache_lukv::state_read_seq(llama_io_read_i & io) const {
     kv_seq res;
-    res.pos_min      = read_val<llama_pos>(io);
-    res.pos_max      = read_val<llama_pos>(io);
-    res.quota        = read_val<uint32_t>(io);
-    res.n_room       = read_val<uint32_t>(io);
-    const uint32_t flags = read_val<uint32_t>(io);
+    res.pos_min      = llama_lukv_read<llama_pos>(io);
+    res.pos_max      = llama_lukv_read<llama_pos>(io);
+    res.quota        = llama_lukv_read<uint32_t>(io);
+    res.n_room       = llama_lukv_read<uint32_t>(io);
+    const uint32_t flags = llama_lukv_read<uint32_t>(io);
     res.prefill_done = flags & 1;
     res.is_recorded  = flags & 2;
     res.has_holes    = true; // perhaps
@@ -3066,7 +3088,12 @@ ggml_tensor * build_attn_lukv(
         outs.push_back(gctx.build_attn_mha(q, k, v, nullptr, kq_mask, sinks_h, nullptr, 0, kq_scale, il));
     }
 
+    // the tokens as the third dimension: threads share those
+    for (auto & out : outs) {
+        out = ggml_reshape_3d(ctx0, out, out->ne[0], 1, out->ne[1]);
+    }
     ggml_tensor * cur = concat(ctx0, std::move(outs));
+    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]);
     ggml_build_forward_expand(gctx.gf, cur);
 
     return cur;
@@ -3219,6 +3246,11 @@ int64_t llama_lukv_n_evictions(const llama_context * ctx) {
 int64_t llama_lukv_n_evicted(const llama_context * ctx) {
     const auto * kv = get_lukv(ctx);
     return kv ? kv->get_n_evicted() : 0;
+}
+
+int64_t llama_lukv_t_commit_us(const llama_context * ctx) {
+    const auto * kv = get_lukv(ctx);
+    return kv ? kv->get_t_commit_us() : 0;
 }
 
 int32_t llama_lukv_n_cells_owned(const llama_context * ctx, int32_t il, int32_t ih) {

@@ -106,6 +106,7 @@ public:
     uint32_t get_n_room() const { return n_room_all; }
     int64_t  get_n_evictions()  const { return n_evictions; }
     int64_t  get_n_evicted()    const { return n_evicted; } // cells
+    int64_t  get_t_commit_us()  const { return t_commit_us; }
 
     // bytes: allocated, for K, V and the metric, and those of a cache that keeps everything
     uint64_t size() const;
@@ -351,6 +352,7 @@ private:
     int64_t n_tokens_all = 0;
     int64_t n_evictions  = 0;
     int64_t n_evicted    = 0;
+    int64_t t_commit_us  = 0;
 
     uint64_t version       = 0;
     uint64_t version_alloc = 0;

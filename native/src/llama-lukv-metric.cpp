@@ -376,6 +376,7 @@ static ggml_tensor * build_capkv(const llama_lukv_scorer & s) {
 
     // leverage: w v A^-1 v
     ggml_tensor * inverse = ggml_map_custom1(s.ctx, capacity, op_invert, GGML_N_TASKS_MAX, nullptr);
+    s.on_cpu(inverse);
 
     ggml_tensor * cur = ggml_mul_mat(s.ctx, v, ggml_reshape_2d(s.ctx, inverse, d, d*n_gqa));
     cur = sum_columns(s, ggml_mul(s.ctx, ggml_reshape_3d(s.ctx, cur, n, d, n_gqa), vt));

@@ -92,6 +92,7 @@ struct llama_lukv_scorer {
 
     ggml_tensor * past = nullptr; // 0 for new cells [n_cells]
     std::function<void (ggml_tensor * cur)> set_past;
+    std::function<void (ggml_tensor * cur)> on_cpu; // not on the device of the cells
 
     uint32_t n_gqa = 1;
 

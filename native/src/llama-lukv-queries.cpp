@@ -3,7 +3,7 @@
 #include "llama-batch.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
-#include "llama-io.h"
+#include "llama-lukv-state.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -175,7 +175,7 @@ void llama_lukv_queries::state_write(llama_io_write_i & io, const seq_state & se
 
     for (const auto & [_, layer] : layers) {
         for (const auto & [t, n] : layer.tensors(needs.n_window)) {
-            io.write_tensor(t, seq.slot*n*t->nb[1], n*t->nb[1]);
+            llama_lukv_write_rows(io, t, seq.slot*n, n);
         }
     }
 }
@@ -192,7 +192,7 @@ void llama_lukv_queries::state_read(llama_io_read_i & io, seq_state & seq) const
 
     for (const auto & [_, layer] : layers) {
         for (const auto & [t, n] : layer.tensors(needs.n_window)) {
-            io.read_tensor(t, seq.slot*n*t->nb[1], n*t->nb[1]);
+            llama_lukv_read_rows(io, t, seq.slot*n, n);
         }
     }
 }

@@ -183,19 +183,8 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
 // KeyDiff
 //
 
-// res = x/|x|
-static void normalize(int n, const float * x, float * res) {
-    float sum;
-    ggml_vec_dot_f32(n, &sum, 0, x, 0, x, 0, 1);
-
-    const float scale = sum > 0.0f ? 1.0f/sqrtf(sum) : 0.0f;
-    for (int i = 0; i < n; ++i) {
-        res[i] = scale*x[i];
-    }
-}
-
 static int64_t keydiff_scratch_size(const ggml_tensor * dst) {
-    return GGML_PAD((TILE + 1)*dst->src[0]->ne[0], PAD_F32);
+    return GGML_PAD((TILE + 1)*dst->src[0]->ne[0] + TILE, PAD_F32);
 }
 
 void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -209,14 +198,18 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
     const int nth = params->nth;
 
     // scratch [nth], then the sums of normalised keys [nth][n_head][D]
-    float * work = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
-    float * KT   = work + ith*keydiff_scratch_size(dst); // [TILE][D]
-    float * tmp  = KT + TILE*D;                          // [D]
-    float * sums = work + nth*keydiff_scratch_size(dst);
+    float * work   = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
+    float * KT     = work + ith*keydiff_scratch_size(dst); // [TILE][D]
+    float * anchor = KT + TILE*D;                          // [D]
+    float * dots   = anchor + D;                           // [TILE]
+    float * sums   = work + nth*keydiff_scratch_size(dst);
 
     const int32_t * seg = (const int32_t *) segs->data;
 
     const auto size = [&](int h) { return seg[2*h + 1]; };
+
+    // 1/|k|, which the second pass turns into the score: a thread has the same cells in both
+    const auto scores = [&](int h, int c) { return (float *) dst->data + seg[2*h] + c; };
 
     for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
         float * sum = sums + (int64_t(ith)*n_head + h)*D;
@@ -225,11 +218,14 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
-            const float * K = rows_f32(k, seg[2*h] + c, n, KT);
+            const float * K   = rows_f32(k, seg[2*h] + c, n, KT);
+            float       * inv = scores(h, c);
             for (int i = 0; i < n; ++i) {
-                normalize(D, K + i*D, tmp);
-                ggml_vec_acc_f32(D, sum, tmp);
+                float sqr;
+                ggml_vec_dot_f32(D, &sqr, 0, K + i*D, 0, K + i*D, 0, 1);
+                inv[i] = sqr > 0.0f ? 1.0f/sqrtf(sqr) : 0.0f;
             }
+            simd_gemm(sum, inv, K, 1, n, D);
         }
     });
 
@@ -240,25 +236,20 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
             return;
         }
 
-        float * anchor = tmp;
         std::fill(anchor, anchor + D, 0.0f);
         for (int t = 0; t < nth; ++t) {
             ggml_vec_acc_f32(D, anchor, sums + (int64_t(t)*n_head + h)*D);
         }
-        normalize(D, anchor, anchor);
+        float sqr;
+        ggml_vec_dot_f32(D, &sqr, 0, anchor, 0, anchor, 0, 1);
+        const float scale = sqr > 0.0f ? -1.0f/sqrtf(sqr) : 0.0f;
 
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
             const float * K = rows_f32(k, seg[2*h] + c, n, KT);
-            for (int i = 0; i < n; ++i) {
-                float dot;
-                float sum;
-                ggml_vec_dot_f32(D, &dot, 0, K + i*D, 0, anchor,  0, 1);
-                ggml_vec_dot_f32(D, &sum, 0, K + i*D, 0, K + i*D, 0, 1);
-
-                ((float *) dst->data)[seg[2*h] + c + i] = sum > 0.0f ? -dot/sqrtf(sum) : 0.0f;
-            }
+            dot_rows(n, D, K, anchor, scale, dots);
+            ggml_vec_mul_f32(n, scores(h, c), scores(h, c), dots);
         }
     });
 }
