@@ -231,7 +231,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lukv.metric": "kvzip"}, "lukv.metric is 'kvzip', but this build knows only: .*snapkv"),
+        ({"lukv.metric": "nonsense"}, "lukv.metric is 'nonsense', but this build knows only: .*snapkv"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 0}, "lukv.metric.window is 0, but must be at least 1"),
         ({"lukv.metric": "snapkv", "lukv.metric.kernel": 4}, "lukv.metric.kernel is 4, but must be odd"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 16.0}, "lukv.metric.window has the type f32 but must be u32"),
