@@ -57,7 +57,7 @@ class BenchResult:
     token_ms_* : milliseconds that the slowest of 100 generated tokens takes (99th percentile): what a commit costs.
     *_stock_same_cells : stock with as many cells as LU-KV's heads have on average: before each of the last ubatches, and
         while tokens are generated.
-    cells_prefill_end, cells_decode : these cells per head, a ubatch's own not counted.
+    cells_prefill_end, cells_decode : these cells per head, on average; a ubatch's own are not counted.
     commit_share_prefill, commit_share_decode : part of LU-KV's time that commits take.
     peak_rss_* : largest resident memory of the process, bytes.
     token_times_ms : of each generated token, by side ("stock", "LU-KV", "stock, same cells"), in the order of the tokens and
@@ -171,7 +171,7 @@ def bench(
         prefill_end_tps_lukv=best("LU-KV", "prefill_end_tps"),
         prefill_end_tps_stock_same_cells=best("stock, same cells", "prefill_end_tps"),
         cells_prefill_end=results["LU-KV"][0]["cells"][0],
-        cells_decode=results["LU-KV"][0]["cells"][1],
+        cells_decode=results["LU-KV"][0]["cells"][1] + n_gen // 2,
         commit_share_prefill=best("LU-KV", "commit_share_prefill"),
         commit_share_decode=best("LU-KV", "commit_share_decode"),
         peak_rss_stock=best("stock", "peak_rss"),

@@ -4,8 +4,9 @@
 
 Uniform budgets, f16 K and V. "select" is the computation of the scores (with the norms behind W_O) and the selection, "move"
 that of the surviving cells. What a metric keeps of the queries, and the attention that the cells receive, are computed with the
-model: "collect" is what the prompt takes longer without its commits than with streamingllm, which keeps nothing. It is a
-difference of two runs, so it takes a quiet machine. A trained metric gets weights by chance, which cost the same.
+model: "collect" is what the prompt takes longer without its commits than with streamingllm, which keeps nothing, in processor
+time. Its share, like the others, is of the time with the metric. A trained metric gets
+weights by chance, which cost the same.
 """
 
 from __future__ import annotations
@@ -85,23 +86,23 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
         llama.reset()
         llama._ctx.kv_cache_clear()
         commits.clear()
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         llama.eval(tokens)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
         select, move = (sum(times) / 1000.0 for times in zip(*commits))
         size = runtime.usage(llama).bytes
         llama.close()
-        return {"seconds": seconds, "commits": len(commits), "select": select, "move": move, "MiB": size / 2**20}
+        return {"seconds": seconds, "cpu": cpu, "commits": len(commits), "select": select, "move": move, "MiB": size / 2**20}
 
     def prompt(found: dict[str, float]) -> float:
-        return found["seconds"] - found["select"] - found["move"]
+        return found["cpu"] * (1 - (found["select"] + found["move"]) / found["seconds"])
 
     plain = prompt(measure(metrics.get("streamingllm")))
     known = map(metrics.get, metrics.names())
     for text in names or [metric.name for metric in known if metric.native and "capacity" in metric.policies]:
         found = measure(metrics.parse(text))
         collect = prompt(found) - plain
-        shares = {"select share": found["select"] / found["seconds"], "collect share": collect / found["seconds"]}
+        shares = {"select share": found["select"] / found["seconds"], "collect share": collect / found["cpu"]}
         rounded = {key: round(value, 4) for key, value in {**found, "collect": collect, **shares}.items()}
         click.echo(json.dumps({"metric": text, "tokens": n_tokens - 1, "threads": n_threads, **rounded}))
 

@@ -97,12 +97,14 @@ def compare_metrics(path: Path, servers: list[str]) -> None:
         metric = metrics.parse(name)
         values = {f"lukv.metric.{key}": value for key, value in metric.params.items()}
         model = load(path, {"lukv.metric": metric.name, **values}, n_gpu_layers=n_gpu_layers)
-        for size in (128, 128, 100, 20, 30, 1, 30):
-            feed(model, random_tokens(size, seed=size))
+        for batch in np.split(tokens, np.cumsum([128, 128, 100, 20, 30, 1])):
+            feed(model, batch.tolist())
         usage = runtime.usage(model)
         assert usage.evictions >= 3
         return [runtime.positions(model, *i).tolist() for i in np.ndindex(usage.owned.shape)]
 
+    # no two alike, they would have the same score
+    tokens = np.random.default_rng(0).permutation(np.arange(3, 899))[:437]
     names = [name for name in metrics.names() if metrics.get(name).native and "capacity" in metrics.get(name).policies]
     names += ["snapkv:carry=1:window=16", "h2o:average=1", "expectedattention:covariance=0:vnorm=0", "curdkv:block=0"]
     expected = {name: kept(name, 0) for name in names}
@@ -124,7 +126,7 @@ def test_two_servers_agree_with_the_cpu(tmp_path: Path, servers: list[str]) -> N
 
 def test_metrics_without_an_op_for_all_heads(tmp_path: Path, servers: list[str]) -> None:
     path = tmp_path / "lukv.gguf"
-    plain = write_tiny(tmp_path / "plain.gguf", n_layer=2, n_head=6, n_head_kv=2, d_head=64, n_ctx=4096)
+    plain = write_tiny(tmp_path / "plain.gguf", n_layer=2, n_head=6, n_head_kv=2, d_head=64, n_ctx=4096, n_vocab=900)
     embed(plain.path, path, replace(metadata(uneven_budget(2, 2, 0.25), 0.25), scorer=random_scorer(2, 2, 64)))
     done = subprocess.run([sys.executable, __file__, "metrics", path, *servers], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

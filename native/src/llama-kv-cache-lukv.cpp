@@ -1753,7 +1753,11 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         }
 
         for (ggml_tensor * t : cur.scores) {
-            graph.devs.emplace_back(t, dev);
+            ggml_tensor * base = t->view_src ? t->view_src : t;
+            // inputs stay where they are
+            if (base->op != GGML_OP_NONE) {
+                graph.devs.emplace_back(base, dev);
+            }
         }
 
         // one copy of each, where pairwise concatenation would be several
