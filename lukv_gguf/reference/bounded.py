@@ -65,7 +65,7 @@ class _Queries:
 class BoundedDecoder:
     """A decoder whose heads own a number of cells each.
 
-    It computes what ``native/src/llama-kv-cache-lukv.cpp`` does, in the plainest way. Not fast: the attention of every
+    It computes what ``native/src/llama-kv-cache-lukv*.cpp`` does, in the plainest way. Not fast: the attention of every
     head is computed on its own.
 
     Parameters
