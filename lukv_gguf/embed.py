@@ -120,7 +120,7 @@ def embed_model(
         chosen = metrics.parse(metric or defaults.METRIC, scorer)
         metrics.require_native(chosen)
 
-    checkpoint = None
+    checkpoint = profile = None
     if profile_path is not None:
         profile = _read_profile(profile_path, metric, header)
         chosen = metrics.get(profile.metric, scorer, **profile.metric_params)
@@ -131,9 +131,9 @@ def embed_model(
         chosen.check_model(*metadata.model_shape(header), *metadata.head_sizes(header))
     elif scorer is not None:
         raise LukvError(f"{scorer_path}: a scorer is for a trained metric, {chosen.name} is none")
-    elif allocation in ("uniform", "pyramidkv"):
+    if profile is None and allocation in ("uniform", "pyramidkv"):
         profile = blank_profile(chosen, metadata.model_shape(header), protocol)
-    else:
+    elif profile is None:
         from lukv_gguf.profile import profile_model
 
         context, questions = calibration_text or calibration.load_default()

@@ -113,6 +113,21 @@ def test_sequences_at_ratio_1_are_stock(tmp_path: Path, arch: str, flash_attn: b
                     cache.copy(1, 2)
 
 
+def test_commit_gives_sequences_their_share(tiny: TinyModel, embedded: Path) -> None:
+    """Sequences that grew since they got their cells keep what they are due, not what they had with their first token."""
+    plain = plain_cache(tiny, 256, 64, "random")
+    with Context(embedded, overrides={"lukv.metric": "random"}, n_ctx=256, n_ubatch=64) as context:
+        for cache in (plain, context):
+            for i in range(10):
+                cache.decode({s: random_tokens(8, 100 * i + s) for s in (0, 3)})
+            for i in range(27):
+                cache.decode({s: random_tokens(1, 100 * i + s) for s in range(4)})
+        plain.commit()
+        runtime.commit(context.ctx)
+        assert_same_cells(context, plain, tiny)
+        assert all((runtime.usage(context.ctx, s).owned >= SINK + RECENT).all() for s in range(4))
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Any operations on a live cache, and the same ones on the plain one.
 

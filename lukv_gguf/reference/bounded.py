@@ -345,11 +345,7 @@ class BoundedSequences:
             limit = min(COMMIT_EVERY, self._rooms[i]) if n <= GENERATION_SIZE else self._rooms[i]
             if sequence._n_recent and sequence._n_recent + n > limit:
                 full.append(i)
-                evicts = any(
-                    len(sequence._heads[layer][head].positions) > sequence._n_cells[layer, head]
-                    for layer, head in np.ndindex(sequence._n_cells.shape)
-                )
-                renew |= evicts and self._is_worth_it(sequence._n_past, self._quotas[i], shares[i])
+                renew |= self._outgrew(i, shares[i])
         if renew:
             self._renew(batch, shares)
         else:
@@ -359,8 +355,9 @@ class BoundedSequences:
 
     def commit(self) -> None:
         """Bring every head of every sequence down to what it owns."""
-        if self._stale:
-            self._renew({}, self._shares({}))
+        shares = self._shares({})
+        if self._stale or any(self._outgrew(i, shares[i]) for i in self._sequences):
+            self._renew({}, shares)
         for sequence in self._sequences.values():
             sequence.commit()
 
@@ -390,6 +387,15 @@ class BoundedSequences:
         lengths = {i: self.lengths.get(i, 0) + more.get(i, 0) for i in {*self._sequences, *more}}
         total = sum(lengths.values())
         return {i: max(self._size * length // total, min(length, self._n_protected)) for i, length in lengths.items()}
+
+    def _outgrew(self, i: int, share: int) -> bool:
+        """Whether a sequence would lose cells at its quota, and its share is worth a new layout."""
+        sequence = self._sequences[i]
+        evicts = any(
+            len(sequence._heads[layer][head].positions) > sequence._n_cells[layer, head]
+            for layer, head in np.ndindex(sequence._n_cells.shape)
+        )
+        return evicts and self._is_worth_it(sequence._n_past, self._quotas[i], share)
 
     @staticmethod
     def _is_worth_it(length: int, quota: int, share: int) -> bool:

@@ -150,19 +150,23 @@ bool llama_kv_cache_lukv::commit(llama_context * lctx) {
         return true;
     }
 
-    if (is_provisional) {
-        return rebalance({}, 0);
-    }
+    const auto quotas = get_quotas({}, 0);
+
+    bool balance = is_provisional;
 
     std::vector<eviction> evictions;
-    for (auto & [_, seq] : seqs) {
+    for (auto & [id, seq] : seqs) {
         auto & cur = evictions.emplace_back(eviction { &seq, {} });
+
+        bool full = false;
         for (const auto & seg : seq.segs) {
             cur.n_keep.push_back(seg.n_owned);
+            full = full || seg.pos.size() + seq.pos_recent.size() > seg.n_owned;
         }
+        balance = balance || (full && wants_quota(seq, quotas.at(id)));
     }
 
-    return evict(evictions);
+    return balance ? rebalance({}, 0) : evict(evictions);
 }
 
 // the cells that stay become the first rows of a head: those behind them fill the places of the ones that go
