@@ -75,6 +75,7 @@ def main() -> None:
         options = options or [*TESTS, "-m", "not real_model", "-k", "not damaged"]  # those run programs
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
         python = {"LD_PRELOAD": " ".join(preloaded), "LLAMA_CPP_LIB_PATH": str(libraries)}
+        python["LUKV_TEST_EXAMPLES"] = os.environ.get("LUKV_TEST_EXAMPLES", "10")  # others each time
         tests = subprocess.run(command, cwd=ROOT, env=environment | python)
         reports = sorted(Path(folder).iterdir())
         for report in reports:
