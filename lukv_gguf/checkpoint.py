@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,9 +15,16 @@ import numpy.typing as npt
 import torch
 
 from lukv_gguf.errors import UNREADABLE, LukvError
+from lukv_gguf.gguf_header import read_header
 from lukv_gguf.oracle import ResidualStreams
 
 Arrays = Mapping[str, npt.NDArray[np.floating]]
+
+
+def model_identity(path: str | Path) -> list[str | int]:
+    """What tells a model file from another one, for the key of a checkpoint."""
+    header = read_header(path)
+    return [hashlib.sha256(header.raw).hexdigest(), header.file_size, header.path.stat().st_mtime_ns]
 
 
 class Checkpoint:

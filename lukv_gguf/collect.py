@@ -55,7 +55,7 @@ class Collector:
         return LayerState(
             keys=k,
             values=v if needs.values else None,
-            plain_keys=plain_keys(layer, k, torch.arange(n_token)) if needs.plain_keys else None,
+            plain_keys=plain_keys(layer, k, torch.arange(n_token, device=k.device)) if needs.plain_keys else None,
             queries=q[:, max(0, n_token - needs.window) :].clone() if needs.window else None,
             query_mean=mean,
             query_covariance=covariance,

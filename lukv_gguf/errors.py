@@ -4,6 +4,9 @@ import lzma
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
 
 
 class LukvError(Exception):
@@ -14,3 +17,14 @@ UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.erro
 """What numpy and zipfile raise for a damaged .npz; a flipped bit can ask for encryption or any compression."""
 UNREADABLE_RECORD = (*UNREADABLE, TypeError, AttributeError, MemoryError)
 """The same where the arrays are then taken apart."""
+
+
+@contextmanager
+def reading(path: str | PathLike[str], what: str) -> Iterator[None]:
+    """Turn what a missing, foreign or damaged archive raises into a `LukvError`; `what` it should have been, a word."""
+    try:
+        yield
+    except OSError as error:
+        raise LukvError(f"cannot read {path}: {error.strerror or f'not a {what}'}") from None
+    except UNREADABLE_RECORD as error:
+        raise LukvError(f"{path}: not a {what}, or a damaged one ({error})") from None

@@ -16,7 +16,7 @@ import torch
 from lukv_gguf import defaults, metrics, oracle
 from lukv_gguf.allocation import concave_envelope, greedy_counts, marginal_gains
 from lukv_gguf.answers import decode_answers
-from lukv_gguf.checkpoint import Checkpoint
+from lukv_gguf.checkpoint import Checkpoint, model_identity
 from lukv_gguf.collect import Collector, Replay, reconstruct
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
@@ -298,11 +298,8 @@ class _Run:
 
     def key(self) -> str:
         """A hash of all that a layer's measurement depends on."""
-        header = read_header(self.path)
         description = [
-            hashlib.sha256(header.raw).hexdigest(),
-            header.file_size,
-            header.path.stat().st_mtime_ns,
+            *model_identity(self.path),
             self.prefix,
             self.suffixes,
             sorted((metric.name, sorted(metric.params.items()), metric.weights_digest) for metric in self.metrics),

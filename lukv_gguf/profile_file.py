@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from lukv_gguf import __version__, allocation
 from lukv_gguf.allocation import apply_floor_and_blend
-from lukv_gguf.errors import UNREADABLE_RECORD, LukvError
+from lukv_gguf.errors import UNREADABLE_RECORD, LukvError, reading
 from lukv_gguf.gguf_header import replacing
 from lukv_gguf.metadata import MEAN_TOLERANCE
 
@@ -203,20 +203,13 @@ def load_profiles(path: str | Path) -> dict[str, Profile]:
     LukvError
         It cannot be read, is no profile, is damaged, or is of a later version.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            description = json.loads(str(file["description"]))
-            if description["format"] != FORMAT:
-                raise ValueError("another format")
-            if description["version"] != VERSION:
-                raise LukvError(
-                    f"{path}: profile of version {description['version']}, this program knows {VERSION}; update it"
-                )
-            return {name: _read_profile(name, description, file) for name in description["metrics"]}
-    except OSError as error:
-        raise LukvError(f"cannot read {path}: {error.strerror or 'not a profile'}") from None
-    except UNREADABLE_RECORD as error:
-        raise LukvError(f"{path}: not a profile, or a damaged one ({error})") from None
+    with reading(path, "profile"), np.load(path, allow_pickle=False) as file:
+        description = json.loads(str(file["description"]))
+        if description["format"] != FORMAT:
+            raise ValueError("another format")
+        if description["version"] != VERSION:
+            raise LukvError(f"{path}: profile of version {description['version']}, this program knows {VERSION}; update it")
+        return {name: _read_profile(name, description, file) for name in description["metrics"]}
 
 
 def choose_profile(path: str | Path, metric: str | None) -> Profile:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lukv_gguf import __version__
-from lukv_gguf.errors import UNREADABLE_RECORD, LukvError
+from lukv_gguf.errors import LukvError, reading
 from lukv_gguf.gguf_header import replacing
 
 METRIC = "foresight"
@@ -141,22 +141,21 @@ def load_scorer(path: str | PathLike[str]) -> Scorer:
     LukvError
         It cannot be read, is no scorer, is damaged, or is of a later version.
     """
+    with reading(path, "scorer"), np.load(path, allow_pickle=False) as file:
+        description: dict[str, Any] = json.loads(str(file["description"]))
+        if description["format"] != FORMAT:
+            raise ValueError("another format")
+        if description["version"] != VERSION or tuple(description["features"]) != FEATURES:
+            raise LukvError(f"{path}: a scorer of another version than {VERSION}: train it again")
+        found = {
+            **{name: file[name] for name in ARRAYS},
+            "d_key": int(description["d_key"]),
+            "params": {name: int(value) for name, value in description["params"].items()},
+            "provenance": {name: str(value) for name, value in description["provenance"].items()},
+        }
     try:
-        with np.load(path, allow_pickle=False) as file:
-            description: dict[str, Any] = json.loads(str(file["description"]))
-            if description["format"] != FORMAT:
-                raise ValueError("another format")
-            if description["version"] != VERSION or tuple(description["features"]) != FEATURES:
-                raise LukvError(f"{path}: a scorer of another version than {VERSION}: train it again")
-            return Scorer(
-                **{name: file[name] for name in ARRAYS},
-                d_key=int(description["d_key"]),
-                params={name: int(value) for name, value in description["params"].items()},
-                provenance={name: str(value) for name, value in description["provenance"].items()},
-            )
-    except OSError as error:
-        raise LukvError(f"cannot read {path}: {error.strerror or 'not a scorer'}") from None
+        return Scorer(**found)
     except LukvError as error:
-        raise LukvError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    except UNREADABLE_RECORD as error:
+        raise LukvError(f"{path}: {error}") from None
+    except (TypeError, ValueError) as error:  # arrays that are none of numbers
         raise LukvError(f"{path}: not a scorer, or a damaged one ({error})") from None

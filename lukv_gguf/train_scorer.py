@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 
 from lukv_gguf import defaults, oracle
 from lukv_gguf.answers import decode_answers
-from lukv_gguf.checkpoint import Checkpoint
+from lukv_gguf.checkpoint import Checkpoint, model_identity
 from lukv_gguf.collect import plain_keys
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
@@ -201,9 +201,8 @@ def train_scorer(
 
 def _key(path: str | Path, prompts: list, training: Training, protocol: Protocol, dtype: torch.dtype) -> str:
     """A hash of all that the weights depend on."""
-    header = read_header(path)
-    model = [hashlib.sha256(header.raw).hexdigest(), header.file_size, header.path.stat().st_mtime_ns, str(dtype)]
-    return hashlib.sha256(json.dumps([model, prompts, asdict(training), asdict(protocol)]).encode()).hexdigest()
+    description = [*model_identity(path), str(dtype), prompts, asdict(training), asdict(protocol)]
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
 def _answers(
@@ -289,7 +288,7 @@ class _BlockCollector:
             attention = model._attention_weights(layer, q[:, part], repeated, part, position).mean(dim=1)
             blocks.append(oracle._contribution(attention.view(1, *norms.shape), norms, self.group)[0])
         return _TextState(
-            keys=k, values=v, plain_keys=plain_keys(layer, k, torch.arange(n_token)), queries=q, layer=index,
+            keys=k, values=v, plain_keys=plain_keys(layer, k, position), queries=q, layer=index,
             sink=self.sink, recent=self.recent, attention_scale=model.config.attention_scale,
             attention_cap=model.config.attention_cap, blocks=torch.stack(blocks),
         )  # fmt: skip

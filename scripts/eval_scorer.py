@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import click
 from torch import Tensor
@@ -28,19 +29,21 @@ TEXTS = ("prose", "code", "dialogue")
 class Feature(Metric):
     """One feature of the scorer as a metric, or its opposite."""
 
-    cost = "that of foresight"
-
-    def __init__(self, name: str, sign: int) -> None:
-        super().__init__()
-        self.name, self._index, self._sign = f"{'+' if sign > 0 else '-'}{name}", FEATURES.index(name), sign  # type: ignore[misc]
-        self.summary = name  # type: ignore[misc]
+    summary, cost = "a feature of foresight", "that of foresight"
+    index: ClassVar[int]
+    sign: ClassVar[int]
 
     @property
     def needs(self) -> Needs:
         return Foresight().needs
 
     def score(self, state: LayerState) -> Tensor:
-        return self._sign * Foresight().inputs(state)[..., self._index]
+        return self.sign * Foresight().inputs(state)[..., self.index]
+
+
+def feature(index: int, sign: int) -> Metric:
+    """The metric of that feature, by its name with the sign before it."""
+    return type("Feature", (Feature,), {"name": "- +"[sign + 1] + FEATURES[index], "index": index, "sign": sign})()
 
 
 @click.command()
@@ -65,7 +68,7 @@ def main(model: Path, tests: tuple[str, ...], names: str, n_context: int, n_quer
             scorer = train_scorer(model, [calibration.load_default(name) for name in TEXTS if name != test], training, protocol)
             trained = time.monotonic() - started
             chosen = [Foresight(scorer), *metrics.parse_list(names)]
-            chosen += [Feature(name, sign) for name in FEATURES for sign in (1, -1)]
+            chosen += [feature(i, sign) for i in range(len(FEATURES)) for sign in (1, -1)]
             context, questions = calibration.load_default(test)
             found = profile_metrics(model, chosen, context=context, questions=questions, protocol=protocol)
             gaps = {name: round(float(profile.gap.mean()), 4) for name, profile in found.items()}

@@ -21,7 +21,7 @@ from lukv_gguf.metadata import POLICIES
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 PROFILE_NAME = "profile.npz"
-_ASKED = "kvzip"  # the metric that evicts only when it is asked to
+_ASKED = "kvzip"  # evicts only when it is asked to; by its name, since the registry of metrics needs torch
 
 Profiler = Callable[[Path, list[str]], None]
 """Writes a profile of the model for some metrics to a path."""
