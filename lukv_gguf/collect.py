@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lukv_gguf.metrics import LayerState, Needs
+from lukv_gguf.replay import Replay
 
 if TYPE_CHECKING:
     from lukv_gguf.reference import KVCache, ReferenceModel
@@ -111,23 +112,6 @@ def attention_sums(model: ReferenceModel, layer: Layer, q: Tensor, k: Tensor) ->
 def output_norms(values: Tensor, weight: Tensor) -> Tensor:
     """||v W_O||_1 of values [H, T, d] behind weights [H, G, d, n_embd]: [H, G, T]."""
     return torch.stack([torch.stack([(v @ w).abs().sum(dim=-1) for w in group]) for v, group in zip(values, weight)])
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A request to repeat a part of the context, and that part as the answer.
-
-    Attributes
-    ----------
-    tokens
-        All of them; the last `end` - `start` are the part.
-    start, end
-        Where the part is in the context.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    end: int
 
 
 def replay_layer(

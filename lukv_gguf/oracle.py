@@ -27,10 +27,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lukv_gguf.collect import Collector, Replay, replay_layer
+from lukv_gguf.collect import Collector, replay_layer
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics import LayerState, Needs
 from lukv_gguf.reference import KVCache, ReferenceModel
+from lukv_gguf.replay import Replay
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]

@@ -17,12 +17,13 @@ from lukv_gguf import defaults, metrics, oracle
 from lukv_gguf.allocation import concave_envelope, greedy_counts, marginal_gains
 from lukv_gguf.answers import decode_answers
 from lukv_gguf.checkpoint import Checkpoint, model_identity
-from lukv_gguf.collect import Collector, Replay, reconstruct
+from lukv_gguf.collect import Collector, reconstruct
 from lukv_gguf.errors import LukvError
 from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
+from lukv_gguf.replay import Replay, make_replays
 from lukv_gguf.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
@@ -32,7 +33,6 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, steps done, and steps in all."""
 
 ENGINES = ("auto", "llama", "torch")
-_REPLAY_OVERLAP = 8  # tokens before a part that tell the model where it starts
 _TORCH_WEIGHTS = 10**9  # more, and the reference model no longer answers with all its weights in memory
 
 
@@ -526,43 +526,6 @@ def _tokenize(
     if room < 1:
         raise LukvError("the questions do not fit the model's context length")
     return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes
-
-
-def make_replays(tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int | None = None) -> list[Replay]:
-    """Requests to repeat the context part by part, each with the part as its answer. The template is not repeated.
-
-    Parameters
-    ----------
-    prefix
-        The context, which begins as a user's message in the chat template does.
-    chunk
-        Tokens of a part.
-    n_context_train
-        Tokens that context and request may have together, if there is a limit.
-
-    Raises
-    ------
-    LukvError
-        They are more.
-    """
-    before, after = tokenizer.frame_user_message()
-    n_template = len(tokenizer.begin_tokens(before))
-    replays = []
-    for start in range(n_template, len(prefix), chunk):
-        part = prefix[start : start + chunk]
-        if start == n_template:
-            request = tokenizer.encode(f"\n\nRepeat the text above, word for word.{after}")
-        else:
-            request = tokenizer.encode("\n\nRepeat the text above, word for word, from here on: ")
-            request += prefix[max(n_template, start - _REPLAY_OVERLAP) : start] + tokenizer.encode(after)
-        replays.append(Replay(request + part, start, start + len(part)))
-    longest = max((len(replay.tokens) for replay in replays), default=0)
-    if n_context_train is not None and len(prefix) + longest > n_context_train:
-        raise LukvError(
-            f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} that fit; "
-            "take a shorter context (--n-context) or smaller parts (kvzip:chunk=…)"
-        )
-    return replays
 
 
 def _silent(stage: str, done: int, total: int) -> None:

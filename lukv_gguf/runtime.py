@@ -223,8 +223,8 @@ def kvzip(llama: Any, chunk: int = 2048, sequence: int = 0) -> None:
     ----------
     Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv 2505.23416.
     """
-    from lukv_gguf.profile import make_replays
     from lukv_gguf.reference import Tokenizer
+    from lukv_gguf.replay import make_replays
 
     _require_enabled(llama)
     tokens = llama.input_ids[: llama.n_tokens].tolist()

@@ -3,7 +3,8 @@
     python scripts/ablate_profile.py PROFILE.npz -o FOLDER [--metric keydiff]
 
 Written are `curves.npz` (the queries' gains are averaged before one solve), `q75.npz` and `q90.npz` (each head gets what
-75 or 90 % of the queries ask for at most, then all are scaled to the ratio).
+75 or 90 % of the queries ask for at most, then all are scaled to the ratio), `root.npz` (the square roots of the budgets,
+scaled to the ratio).
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def from_mean_gains(profile: Profile) -> FloatArray:
 
 def from_quantile(profile: Profile, quantile: float) -> FloatArray:
     """A quantile of the queries' budgets, scaled to each ratio; heads that would exceed 1 leave the rest to others: [n, L, H]."""
-    wanted = np.quantile(profile.query_budget[:, :, profile.budgeted].astype(np.float64), quantile, axis=0)
+    return _scaled(profile, np.quantile(profile.query_budget[:, :, profile.budgeted].astype(np.float64), quantile, axis=0))
+
+
+def _scaled(profile: Profile, wanted: FloatArray) -> FloatArray:
     budget = profile.budget.copy()
     for i, ratio in enumerate(profile.ratios):
         scaled = np.maximum(wanted[i], 1e-9)
@@ -57,6 +61,7 @@ def main(path: Path, metric: str | None, output: Path) -> None:
             "curves": from_mean_gains(profile),
             "q75": from_quantile(profile, 0.75),
             "q90": from_quantile(profile, 0.90),
+            "root": _scaled(profile, np.sqrt(profile.budget[:, profile.budgeted])),
         }
         for name, budget in variants.items():
             save_profiles(output / f"{name}.npz", {profile.metric: replace(profile, budget=budget)})

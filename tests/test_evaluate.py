@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from tiny_gguf import CHAT_TEMPLATE, write_tiny
 
 from lukv_gguf import cli, metadata
+from lukv_gguf.allocation import apply_floor_and_blend
 from lukv_gguf.embed import build_metadata
 from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate import lm, report
@@ -112,6 +113,17 @@ class TestCommand:
         assert (tmp_path / "out" / "answers.jsonl").stat().st_size == size
         more = results(run(*options, "--ratios", "0.2,0.5"))
         assert [one for one in more if one["ratio"] != 0.5] == found
+
+    @pytest.mark.usefixtures("no_pictures")
+    def test_kvzip_repeats_each_context(self, model: Path, tmp_path: Path) -> None:
+        """The cache evicts by it only after a repetition, and refuses to go on without one."""
+        options = (model, "--suite", "smoke,lm", "--metrics", "kvzip:chunk=300", "--methods", "uniform", "--lengths", 1100, "-n", 1)
+        found = results(run(*options, "-o", tmp_path, "--json", "-"))
+        cells = {(one["method"], one["policy"]) for one in found}
+        assert cells == {("full", ""), ("uniform", "prefill")}
+        assert {"niah_single_2", "lm_kl"} <= {one["task"] for one in found}
+        assert_error(run(*options, "-o", tmp_path, "--policies", "capacity"), "kvzip", "prefill")
+        assert_error(run(*options, "-o", tmp_path, "--query-aware"), "kvzip", "--query-aware")
 
     @pytest.mark.usefixtures("no_pictures")
     def test_goes_on_after_an_interruption(
@@ -485,17 +497,17 @@ def test_variants_of_a_profile_keep_the_ratio(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     query_budget = rng.dirichlet(np.ones(N_LAYER * N_HEAD_KV), (5, 99)).reshape(5, 99, N_LAYER, N_HEAD_KV)
     query_budget = np.minimum(1.0, query_budget * GRID_RATIOS[:, None, None] * N_LAYER * N_HEAD_KV)
-    flat = np.broadcast_to(GRID_RATIOS[:, None, None], (99, N_LAYER, N_HEAD_KV))
+    solved = apply_floor_and_blend(query_budget.mean(axis=0), GRID_RATIOS)
     marginal = -np.sort(-rng.random((N_LAYER, N_HEAD_KV, 300)).astype(np.float32) ** 3, axis=-1)
     marginal[0] *= 5  # the first layer matters most
     made = Profile(
-        "keydiff", {}, 4, 16, GRID_RATIOS, flat, np.zeros((N_LAYER, N_HEAD_KV)), {},
+        "keydiff", {}, 4, 16, GRID_RATIOS, solved, np.zeros((N_LAYER, N_HEAD_KV)), {},
         marginal=marginal, query_budget=query_budget.astype(np.float32),
     )  # fmt: skip
     save_profiles(tmp_path / "p.npz", {"keydiff": made})
     script = Path(__file__).parent.parent / "scripts" / "ablate_profile.py"
     subprocess.run([sys.executable, script, tmp_path / "p.npz", "-o", tmp_path], check=True, capture_output=True)
-    for name in ("curves", "q75", "q90"):
+    for name in ("curves", "q75", "q90", "root"):
         budget = choose_profile(tmp_path / f"{name}.npz", None).budget
         np.testing.assert_allclose(budget.mean(axis=(1, 2)), GRID_RATIOS, atol=2e-3)
         assert budget[19].std() > 0.01

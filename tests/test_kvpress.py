@@ -22,7 +22,7 @@ from tiny_gguf import write_tiny  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from lukv_gguf import metrics  # noqa: E402
-from lukv_gguf.collect import Collector, Replay, reconstruct  # noqa: E402
+from lukv_gguf.collect import Collector, reconstruct  # noqa: E402
 from lukv_gguf.metrics import LayerState  # noqa: E402
 from lukv_gguf.reference import ReferenceModel  # noqa: E402
 

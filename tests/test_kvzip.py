@@ -12,11 +12,11 @@ from test_native import QUANTISED, RECENT, SINK, feed, load, metadata, nmse, une
 from tiny_gguf import CHAT_TEMPLATE, TinyModel, write_tiny
 
 from lukv_gguf import metrics, runtime
-from lukv_gguf.collect import Replay, reconstruct
+from lukv_gguf.collect import reconstruct
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metadata import embed
-from lukv_gguf.profile import make_replays
 from lukv_gguf.reference import ReferenceModel, Tokenizer
+from lukv_gguf.replay import Replay, make_replays
 
 N_CONTEXT, RATIO = 300, 0.3
 

@@ -11,7 +11,7 @@ from typing import Any
 from lukv_gguf import __version__, defaults
 from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate import suites
-from lukv_gguf.evaluate.methods import FULL, NAMES, Method, Tables, grid
+from lukv_gguf.evaluate.methods import FULL, NAMES, REPEATING, Method, Tables, grid
 from lukv_gguf.evaluate.results import Result, summarise
 from lukv_gguf.evaluate.run import Plan, Progress, evaluate
 from lukv_gguf.evaluate.session import Options
@@ -21,7 +21,6 @@ from lukv_gguf.metadata import POLICIES
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 PROFILE_NAME = "profile.npz"
-_ASKED = "kvzip"  # evicts only when it is asked to; by its name, since the registry of metrics needs torch
 
 Profiler = Callable[[Path, list[str]], None]
 """Writes a profile of the model for some metrics to a path."""
@@ -170,8 +169,10 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
     given = {text.partition(":")[0]: text for text in request.metrics}  # parameters, NAME:PARAM=VALUE, are for profiling
     metrics = list(given) or tables.metrics()
     methods = [method for method in request.methods if method != FULL]
-    if _ASKED in metrics:
-        raise LukvError(f"metric {_ASKED} evicts after a call of its own, which eval does not make; see docs/metrics.md")
+    if REPEATING in metrics and "prefill" not in request.policies:
+        raise LukvError(f"the metric {REPEATING} works with --policies prefill only")
+    if REPEATING in metrics and request.query_aware:
+        raise LukvError(f"the metric {REPEATING} repeats a context without its questions: leave out --query-aware")
     missing = tables.missing(methods, metrics)
     if missing and request.profile is not None:
         raise LukvError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate.methods import Cell
 from lukv_gguf.evaluate.session import Model, Session, State
 from lukv_gguf.evaluate.tasks import novel
+from lukv_gguf.replay import Replay
 
 MEASURES = ("perplexity", "kl", "top1", "greedy")
 """Perplexity of the continuation; mean KL(full || cell) per token, in nats; share of tokens whose best prediction is
@@ -145,7 +146,7 @@ def read_full(model: Model, text: Text, kv_type: str, folder: Path, end_tokens: 
 
 
 def measure(
-    model: Model, text: Text, cell: Cell, reference: Reference, end_tokens: Collection[int]
+    model: Model, text: Text, cell: Cell, reference: Reference, end_tokens: Collection[int], replays: Sequence[Replay] = ()
 ) -> Mapping[str, Mapping[str, Any]]:
     """Values of each of `MEASURES`: a score, and means by position."""
     if cell.is_full:
@@ -155,8 +156,9 @@ def measure(
     def compare(index: int, log_probs: npt.NDArray[np.float32]) -> None:
         found.add(index, log_probs, reference[index])
 
-    with model.session(text.n_cells, cell.kv_type, not cell.is_full) as session:
-        greedy, work = _read(session, text, cell.policy == "capacity", compare, end_tokens)
+    n_ctx = max(text.n_cells, *(text.n_context + len(replay.tokens) for replay in replays), 0)
+    with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
+        greedy, work = _read(session, text, cell.policy == "capacity", compare, end_tokens, replays)
     same = 0
     for ours, theirs in zip(greedy, reference.greedy):
         if ours != theirs:
@@ -207,7 +209,7 @@ class _Found:
 
 
 def _read(
-    session: Session, text: Text, with_context: bool, on_log_probs: Any, end_tokens: Collection[int]
+    session: Session, text: Text, with_context: bool, on_log_probs: Any, end_tokens: Collection[int], replays: Sequence[Replay] = ()
 ) -> tuple[list[int], dict[str, Any]]:
     """Read a text, and continue its context greedily; returns the continuation and what it took."""
 
@@ -217,6 +219,7 @@ def _read(
 
     n = text.n_context
     session.read(text.tokens[:n], frozenset(text.in_context) if with_context else (), normalised)
+    session.repeat(replays)
     session.commit()
     state: State = session.save()
     session.read(text.tokens[n:-1], range(len(text.continuation)), lambda i, logits: normalised(n + i, logits))

@@ -21,6 +21,8 @@ from lukv_gguf.profile_file import ALLOCATIONS, Profile, choose_profile, load_pr
 
 FULL = "full"
 NAMES = (FULL, *ALLOCATIONS)
+REPEATING = "kvzip"
+"""The metric that evicts only after the context was repeated; by its name, since the registry of metrics needs torch."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ def grid(
     policies: Sequence[str],
     kv_types: Sequence[str],
 ) -> list[Cell]:
-    """All combinations, the full cache once for each type of K and V and always there: the others are compared with it."""
+    """All combinations that there are, the full cache once for each type of K and V and always: the others are compared with it."""
     cells = [Cell(FULL, "", 1.0, "", kv_type) for kv_type in kv_types]
     for kv_type, metric, policy, method, ratio in product(kv_types, metrics, policies, methods, ratios):
-        if method != FULL:
+        if method != FULL and (metric != REPEATING or policy == "prefill"):
             cells.append(Cell(method, metric, ratio, policy, kv_type))
     return cells
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lukv_gguf import runtime
 from lukv_gguf.evaluate.session import Model, Options
-from lukv_gguf.profile import make_replays
 from lukv_gguf.reference.tokenizer import Tokenizer
+from lukv_gguf.replay import make_replays
 
 _THINGS = "harbour lantern orchard violin glacier compass granary lighthouse carpenter falcon meadow cellar".split()
 _PLACES = "Aldmoor Brenwick Castello Dunmarra Elverum Farrow Glenholt Hartsea Ivarstad Juniper Kestrel Lowmere".split()
@@ -103,8 +102,7 @@ def ask(
             room = max(max(map(len, suffixes)) + n_answer, *(len(replay.tokens) for replay in replays), 0)
             with model.session(len(prefix) + room) as session:
                 session.read(prefix)
-                for replay in replays:
-                    runtime.record_repetition(session.context, replay.tokens, replay.start, replay.end)
+                session.repeat(replays)
                 session.commit()
                 state = session.save()
                 results.append([])

@@ -10,12 +10,13 @@ from typing import Any
 
 from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate import lm
-from lukv_gguf.evaluate.methods import Cell, TableFile, Tables, table_key
+from lukv_gguf.evaluate.methods import REPEATING, Cell, TableFile, Tables, table_key
 from lukv_gguf.evaluate.session import Model, Options, Session, State
 from lukv_gguf.evaluate.store import Record, Store
 from lukv_gguf.evaluate.tasks import Prompt, Sample, tokenize
 from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metadata import PREFIX, LukvMetadata
+from lukv_gguf.replay import Replay, make_replays
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, answers done, and answers in all."""
@@ -139,8 +140,9 @@ class _Run:
                 with reference:
                     for cell in [cell for cell in todo if cell.kv_type == kv_type]:
                         with self._load(cell) as model:
+                            replays = self._replays(cell, list(text.tokens[: text.n_context]), is_chat=False)
                             for measure, values in lm.measure(
-                                model, text, cell, reference, self._tokenizer.end_tokens
+                                model, text, cell, reference, self._tokenizer.end_tokens, replays
                             ).items():
                                 self._add({**self._key(cell, f"lm_{measure}", text, 0), **values})
 
@@ -182,7 +184,9 @@ class _Run:
             ) from None
 
     def _ask(self, model: Model, cell: Cell, sample: Sample, prompt: Prompt) -> None:
-        n_ctx = len(prompt.prefix) + max(map(len, prompt.suffixes)) + sample.n_answer
+        replays = self._replays(cell, prompt.prefix, sample.is_chat)
+        room = max(max(map(len, prompt.suffixes)) + sample.n_answer, *(len(replay.tokens) for replay in replays), 0)
+        n_ctx = len(prompt.prefix) + room
         if self._plan.query_aware:
             for i, suffix in enumerate(prompt.suffixes):
                 with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
@@ -191,7 +195,7 @@ class _Run:
                     self._answer(session, cell, sample, i)
             return
         with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
-            self._read_context(session, cell, sample, prompt)
+            self._read_context(session, cell, sample, prompt, replays)
             session.commit()
             state = session.save() if len(prompt.suffixes) > 1 else None
             for i, suffix in enumerate(prompt.suffixes):
@@ -200,10 +204,19 @@ class _Run:
                 session.read(suffix)
                 self._answer(session, cell, sample, i)
 
-    def _read_context(self, session: Session, cell: Cell, sample: Sample, prompt: Prompt) -> None:
+    def _replays(self, cell: Cell, prefix: list[int], is_chat: bool) -> list[Replay]:
+        table = self._tables[cell.method, cell.metric]
+        if table is None or cell.metric != REPEATING:
+            return []
+        return make_replays(self._tokenizer, prefix, int(table.metric_params["chunk"]), is_chat=is_chat)
+
+    def _read_context(
+        self, session: Session, cell: Cell, sample: Sample, prompt: Prompt, replays: Sequence[Replay]
+    ) -> None:
         """Read it, or take it from a cell that has: before the eviction, all of policy ``prefill`` hold the same."""
         if cell.policy != "prefill" or not self._can_share:
             session.read(prompt.prefix)
+            session.repeat(replays)
             return
         key = (cell.metric, cell.kv_type, sample.key)
         if key in self._states:
@@ -212,6 +225,7 @@ class _Run:
             self._can_share = False  # a runtime that restores only what was saved with the same table
             self._states.clear()
         session.read(prompt.prefix)
+        session.repeat(replays)
         if self._can_share:
             self._states[key] = session.save()
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lukv_gguf import runtime
 from lukv_gguf.errors import LukvError
 from lukv_gguf.reference.tokenizer import import_llama_cpp
+from lukv_gguf.replay import Replay
 
 _BATCH = 512  # tokens of one call into llama.cpp: an interrupt waits no longer than for these
 
@@ -192,6 +193,11 @@ class Session:
         self._llama.llama_synchronize(self.context)
         self.n_read += len(tokens)
         self.read_seconds += time.perf_counter() - started
+
+    def repeat(self, replays: Sequence[Replay]) -> None:
+        """Let the model repeat what it has read, which is what KVzip scores by."""
+        for replay in replays:
+            runtime.record_repetition(self.context, replay.tokens, replay.start, replay.end)
 
     def commit(self) -> None:
         """Bring every head down to its budget, where the cache is budgeted."""
