@@ -58,7 +58,8 @@ class BenchResult:
     *_stock_same_cells : stock with as many cells as LU-KV's heads have on average: before each of the last ubatches, and
         while tokens are generated.
     cells_prefill_end, cells_decode : these cells per head, on average; a ubatch's own are not counted.
-    commit_share_prefill, commit_share_decode : part of LU-KV's time that commits take.
+    commit_share_prefill, commit_share_decode : part of LU-KV's time that commits take; on a GPU they also wait for its
+        earlier work, so that this says nothing.
     peak_rss_* : largest resident memory of the process, bytes.
     token_times_ms : of each generated token, by side ("stock", "LU-KV", "stock, same cells"), in the order of the tokens and
         over all runs; not in `to_dict`.

@@ -468,7 +468,7 @@ def bench(model: Path, as_json: bool, histogram: Path | None, **options: Any) ->
     if as_json:
         click.echo(json.dumps(result.to_dict()))
     else:
-        _print_bench(result)
+        _print_bench(result, on_gpu=options["n_gpu_layers"] != 0)
 
 
 @cli.command("eval")
@@ -750,7 +750,7 @@ def _peak_memory() -> str:
     return f", {peak_rss() / 2**30:.2f} GiB of memory at the peak"
 
 
-def _print_bench(result: BenchResult) -> None:
+def _print_bench(result: BenchResult, on_gpu: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -770,7 +770,8 @@ def _print_bench(result: BenchResult) -> None:
     add("generating, tokens/s", result.decode_tps_stock, result.decode_tps_lukv, 1, 1)
     add("  slowest of 100 tokens, ms", result.token_ms_stock, result.token_ms_lukv, 1, 1)
     add("  full cache with as many cells", result.decode_tps_stock_same_cells, result.decode_tps_lukv, 1, 1)
-    for label, share in (("reading", result.commit_share_prefill), ("generating", result.commit_share_decode)):
+    shares = (("reading", result.commit_share_prefill), ("generating", result.commit_share_decode))
+    for label, share in () if on_gpu else shares:
         table.add_row(f"part of the time for commits, {label}", "", f"{share:.2%}", "")
     Console(highlight=False).print(table)
 

@@ -131,7 +131,7 @@ static double nmse(const std::vector<float> & a, const std::vector<double> & ref
         err += (a[i] - ref[i])*(a[i] - ref[i]);
         sum += ref[i]*ref[i];
     }
-    return err/sum;
+    return sum > 0.0 ? err/sum : err; // all zero: nothing that takes part
 }
 
 static double dot(int n, const float * x, const float * y) {
