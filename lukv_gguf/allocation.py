@@ -198,8 +198,8 @@ def apply_floor_and_blend(
 ) -> FloatArray:
     """Move a budget towards the uniform one and lift its smallest heads, at an unchanged mean.
 
-    First ``(1 - blend) * budget + blend * ratio``; then each head gets at least ``floor``, paid for by
-    all heads in proportion to what they hold above the floor.
+    First ``(1 - blend) * budget + blend * ratio``; then each head gets at least ``floor * ratio``, paid for by
+    all heads in proportion to what they hold above that.
 
     Parameters
     ----------
@@ -208,8 +208,7 @@ def apply_floor_and_blend(
     ratio : float or array [...]
         Kept fraction of the whole cache that each budget was solved for: the mean of the result.
     floor : float
-        Smallest kept fraction of a head. Where it is above ``ratio``, ``ratio`` takes its place: the
-        result is then uniform.
+        Least budget of a head as a share of the ratio, in [0, 1]; 1 is uniform.
     blend : float
         Share of the uniform budget, in [0, 1].
 
@@ -228,7 +227,7 @@ def apply_floor_and_blend(
     for name, values in (("budget", budget), ("ratio", ratio), ("floor", floor), ("blend", blend)):
         _check_fractions(name, np.asarray(values))
     target = ratio[..., None, None]
-    lowest = np.minimum(floor, target)
+    lowest = floor * target
     lifted = np.maximum((1.0 - blend) * budget + blend * target, lowest)
     mean = lifted.mean(axis=(-2, -1), keepdims=True)
     # Too much: shrink what lies above the floor. Too little (rounding in the input): fill the room

@@ -151,8 +151,8 @@ def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
               help="Weights of the metric foresight (lukv-gguf train-scorer).")
 @click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
               default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
-@click.option("--floor", type=float, default=defaults.FLOOR, show_default=True,
-              help="Kept fraction that no head falls below.")
+@click.option("--floor", type=float, show_default=f"{defaults.FLOOR} for lukv, else 0",
+              help="Share of the ratio that no head falls below, 0 to 1.")
 @click.option("--blend", type=float, show_default=f"{defaults.BLEND} for lukv, else 0",
               help="Share of uniform budgets mixed in, 0 to 1.")
 @_protocol_options
@@ -476,7 +476,7 @@ def bench(model: Path, as_json: bool, histogram: Path | None, **options: Any) ->
 @click.option("--suite", "suites", default="smoke", show_default=True, help="Of smoke, ruler, longbench, lm, separated by commas.")
 @click.option("--tasks", default="", help="Only these of their tasks.  [default: all]")
 @click.option("--methods", default="full,uniform,pyramidkv,adakv,lukv", show_default=True,
-              help="Ways to split the budget; with parameters as in lukv:blend=0+floor=0.02 or lukv:profile=FILE.")
+              help="Ways to split the budget; with parameters as in lukv:blend=0+floor=0.2 or lukv:profile=FILE.")
 @click.option("-r", "--ratios", default=str(defaults.RATIO), show_default=True, help="Kept fractions of the cache, in (0, 1].")
 @click.option("--metrics", default="", help="Scores that rank a head's tokens.  [default: those of the profile]")
 @click.option("--policies", default="capacity,prefill", show_default=True, help="When to evict.")

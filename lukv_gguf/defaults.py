@@ -10,8 +10,8 @@ ALLOCATION = "lukv"
 """How the total budget is split over heads."""
 OBJECTIVE = "relative"
 """Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
-FLOOR = 0.0
-"""Kept fraction that no head falls below."""
+FLOOR = 0.5
+"""Share of the ratio that no head falls below, in solved budgets."""
 BLEND = 0.15
 """Share of uniform budgets mixed into the solved ones."""
 SINK = 4

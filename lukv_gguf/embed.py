@@ -58,7 +58,7 @@ def embed_model(
     policy: str = defaults.POLICY,
     metric: str | None = None,
     scorer_path: str | PathLike[str] | None = None,
-    floor: float = defaults.FLOOR,
+    floor: float | None = None,
     blend: float | None = None,
     allocation: str = defaults.ALLOCATION,
     profile_path: str | PathLike[str] | None = None,
@@ -80,7 +80,7 @@ def embed_model(
     metric : the intra-head metric, ``NAME`` or ``NAME:PARAM=VALUE:…``; by default that of the profile file, or
         `defaults.METRIC`.
     scorer_path : the scorer of a trained metric (``lukv-gguf train-scorer``), which goes into the file, too.
-    floor : kept fraction that no head falls below, at most `ratio`.
+    floor : share of the ratio that no head falls below, in [0, 1]; by default `defaults.FLOOR` for ``lukv`` and 0 for others.
     blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` and 0 for others.
     allocation : ``lukv``, ``uniform``, ``pyramidkv`` or ``adakv``. Only ``lukv`` and ``adakv`` need a profile.
     profile_path : a profile file, also of another quantisation of the model. Without it, the model is profiled.
@@ -101,12 +101,14 @@ def embed_model(
     """
     header = read_header(model)
     output = default_output(model) if output is None else Path(output)
+    if floor is None:
+        floor = defaults.FLOOR if allocation == "lukv" else 0.0
     if blend is None:
         blend = defaults.BLEND if allocation == "lukv" else 0.0
     if not 0.0 < ratio <= 1.0:
         raise LukvError(f"ratio must be in (0, 1], is {ratio}")
-    if not 0.0 <= floor <= ratio:
-        raise LukvError(f"floor must be in [0, ratio], is {floor} with ratio {ratio}")
+    if not 0.0 <= floor <= 1.0:
+        raise LukvError(f"floor must be in [0, 1], is {floor}")
     if not 0.0 <= blend <= 1.0:
         raise LukvError(f"blend must be in [0, 1], is {blend}")
     if policy not in metadata.POLICIES:

@@ -125,7 +125,7 @@ def test_floor_and_blend_keep_mean_and_bounds(budget: np.ndarray, floor: float, 
     result = apply_floor_and_blend(budget, ratio, floor, blend)
     np.testing.assert_allclose(result.mean(axis=(1, 2)), ratio, atol=1e-12)
     assert result.max() <= 1.0
-    assert (result >= np.minimum(floor, ratio)[:, None, None] - 1e-12).all()
+    assert (result >= (floor * ratio)[:, None, None] - 1e-12).all()
 
 
 @settings(deadline=None)
@@ -140,6 +140,7 @@ def test_blend_ends() -> None:
     budget = np.array([[0.0, 0.1], [0.3, 0.8]])
     np.testing.assert_allclose(apply_floor_and_blend(budget, 0.3), budget)
     np.testing.assert_allclose(apply_floor_and_blend(budget, 0.3, blend=1.0), np.full((2, 2), 0.3))
+    np.testing.assert_allclose(apply_floor_and_blend(budget, 0.3, floor=1.0), np.full((2, 2), 0.3))
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])

@@ -145,7 +145,7 @@ class TestEmbed:
             (["--ratio", "1.01"], ["ratio must be in (0, 1]", "1.01"]),
             (["--ratio", "-0.2"], ["ratio must be in (0, 1]"]),
             (["--ratio", "nan"], ["ratio must be in (0, 1]"]),
-            (["--floor", "0.3"], ["floor must be in [0, ratio]"]),
+            (["--floor", "1.5"], ["floor must be in [0, 1]"]),
             (["--blend", "2"], ["blend must be in [0, 1]"]),
         ],
     )

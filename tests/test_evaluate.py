@@ -305,7 +305,7 @@ class TestSession:
 
 class TestMethods:
     def test_names(self) -> None:
-        assert Method.parse("lukv:blend=0+floor=0.02") == Method("lukv", floor=0.02, blend=0.0)
+        assert Method.parse("lukv:blend=0+floor=0.2") == Method("lukv", floor=0.2, blend=0.0)
         for bad in ("x", "lukv:blend", "lukv:x=1", "full:blend=1", "lukv:blend=one"):
             with pytest.raises(LukvError):
                 Method.parse(bad)

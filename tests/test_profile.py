@@ -91,19 +91,19 @@ def test_protected_tokens_come_first(tiny_path: Path) -> None:
 
 
 def test_floor_and_blend_keep_the_ratio(profile: Profile) -> None:
-    budgets = profile.budgets(floor=0.05, blend=0.3)
+    budgets = profile.budgets(floor=0.25, blend=0.3)
     np.testing.assert_allclose(budgets.mean(axis=(1, 2)), profile.ratios, atol=1e-12)
-    assert budgets[19].min() >= 0.05 and budgets[1].min() == pytest.approx(0.02)
+    assert budgets[19].min() >= 0.05 - 1e-12 and budgets[1].min() >= 0.005 - 1e-12
     np.testing.assert_allclose(profile.budgets(blend=1.0), allocation.uniform(profile.ratios, 3, 2))
 
 
 @pytest.mark.parametrize("ratio", [0.003, 0.01, 0.2, 0.234, 0.99, 0.995, 1.0])
 def test_budget_at_any_ratio(profile: Profile, ratio: float) -> None:
-    for floor, blend in ((0.0, 0.0), (0.05, 0.3)):
+    for floor, blend in ((0.0, 0.0), (0.4, 0.3)):
         budget = profile.budget_at(ratio, floor, blend)
         assert budget.shape == (3, 2)
         assert budget.mean() == pytest.approx(ratio, abs=1e-12)
-        assert budget.min() >= min(floor, ratio) - 1e-12 and budget.max() <= 1.0
+        assert budget.min() >= floor * ratio - 1e-12 and budget.max() <= 1.0
 
 
 def test_budget_at_a_ratio_of_the_grid_is_the_grids(profile: Profile) -> None:

@@ -17,7 +17,7 @@ from scorers import random_scorer
 from tiny_gguf import CHAT_TEMPLATE, write_tiny
 from torch import Tensor
 
-from lukv_gguf import checkpoint, cli, metrics, oracle, profile
+from lukv_gguf import checkpoint, cli, defaults, metrics, oracle, profile
 from lukv_gguf.allocation import apply_floor_and_blend
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metadata import read_metadata
@@ -345,7 +345,7 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         meta, found = read_metadata(tmp_path / "m.gguf"), load_profiles(output)["last-queries"]
         assert (meta.metric, meta.metric_params) == ("last-queries", {"window": 5})
-        expected = apply_floor_and_blend(found.budget, found.ratios, 0.0, 0.15)
+        expected = apply_floor_and_blend(found.budget, found.ratios, defaults.FLOOR, defaults.BLEND)
         np.testing.assert_allclose(meta.profile_budget, expected, atol=1e-5)
         assert len(meta.provenance["profile_sha256"]) == 64 and meta.provenance["questions"] == "2"
         shown = "".join(run("inspect", tmp_path / "m.gguf").stdout.split())  # long paths are folded

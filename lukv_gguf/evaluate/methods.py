@@ -64,7 +64,7 @@ def grid(
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its parameters, as named on the command line: ``lukv``, ``lukv:blend=0+floor=0.02``.
+    """A method with its parameters, as named on the command line: ``lukv``, ``lukv:blend=0+floor=0.2``.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Method:
     """
 
     allocation: str
-    floor: float = defaults.FLOOR
+    floor: float | None = None
     blend: float | None = None
     profile: Path | None = None
 
@@ -153,10 +153,11 @@ class Tables:
         if method.allocation != "lukv":
             profile = profile.allocated(method.allocation)
         is_solved = method.allocation == "lukv" and profile.provenance.get("allocation") is None
+        floor = method.floor if method.floor is not None else (defaults.FLOOR if is_solved else 0.0)
         blend = method.blend if method.blend is not None else (defaults.BLEND if is_solved else 0.0)
         own = self._embedded
         scorer = own.scorer if own is not None and own.metric == metric else None
-        return build_metadata(profile, floor=method.floor, blend=blend, allocation=method.allocation, scorer=scorer)
+        return build_metadata(profile, floor=floor, blend=blend, allocation=method.allocation, scorer=scorer)
 
     def _profile_for(self, method: Method, metric: str) -> Profile:
         if method.profile is not None:
