@@ -322,6 +322,30 @@ def test_a_decoder_that_evicts_nothing_collects_the_same(
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_the_anchor_of_keydiff_remembers_evicted_keys(
+    model: ReferenceModel, tokens: list[int], states: list[LayerState]
+) -> None:
+    """The keys of the first layer do not depend on what was evicted; those of a tail that was removed at once do not count."""
+    metric = metrics.get("keydiff")
+    decoder = BoundedDecoder(model, metric, np.full((3, 2), 12), n_recent=32, sink=SINK, recent=RECENT)
+    for batch in (tokens[:30], tokens[30:60], tokens[60:80], tokens[5:12]):
+        decoder.decode(batch)
+        if batch == tokens[60:80]:
+            decoder.commit()
+    decoder.truncate(80)
+    decoder.decode(tokens[80:])
+    decoder.commit()
+    for head, keys in enumerate(states[0].keys):
+        unit = keys.double().numpy() / np.linalg.norm(keys.double().numpy(), axis=1, keepdims=True)
+        kept = decoder.positions(0, head)
+        assert len(kept) == 12
+        total, left = unit.sum(axis=0), unit[kept].sum(axis=0)
+        assert total @ left / np.linalg.norm(total) / np.linalg.norm(left) < 0.98  # it makes a difference
+        state = decoder._state(0, head)
+        np.testing.assert_allclose(state.key_sum[0], total, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(metric.score(state)[0], -unit[kept] @ total / np.linalg.norm(total), atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["llama", "phi3", "qwen3", "smollm3", "granite"])
 def test_queries_before_rope(arch: str, tmp_path: Path) -> None:
     """The rotation is undone, whatever its scaling: the mean query at one next position is that of rotated queries."""

@@ -92,7 +92,7 @@ def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     assert runtime.usage(model).evictions >= 5
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "foresight", "h2o"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "foresight", "h2o", "keydiff"])
 def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     model = load(embedded(tiny, name), {"lukv.policy": "prefill"})
     expected = reference(tiny, name, np.full((tiny.n_layer, tiny.n_head_kv), 768), 128)
@@ -128,7 +128,7 @@ def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     assert n_same >= 0.998 * n_all and runtime.usage(model).evictions >= 2
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "foresight", "h2o"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "foresight", "h2o", "keydiff"])
 def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     """Quantised K and V are rotated, and what is kept of the queries has to fit that."""
     path = embedded(tiny, name)
@@ -140,9 +140,9 @@ def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     assert sum(len(a & b) for a, b in zip(*kept)) >= 0.93 * sum(map(len, kept[0]))
 
 
-@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake:carry=1", "criticalkv-h2o"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake:carry=1", "criticalkv-h2o", "keydiff"])
 def test_state_and_tail(tiny: TinyModel, name: str) -> None:
-    """What the metric keeps is saved and restored, and forgets the queries of a removed tail."""
+    """What the metric keeps is saved and restored, and forgets the queries and new keys of a removed tail."""
     path = embedded(tiny, name)
     model = load(path)
     usage = runtime.usage(model)
@@ -168,7 +168,7 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         assert_same_positions(continued, expected, usage.owned.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "foresight", "h2o", "criticalkv-h2o"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "foresight", "h2o", "criticalkv-h2o", "keydiff"])
 def test_sequences_have_queries_of_their_own(tiny: TinyModel, name: str) -> None:
     """Together in a batch, copied, removed in part, and a new one in the place of an old one."""
     budget, tokens = uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), distinct_tokens(800)
@@ -220,9 +220,10 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
         model = load(path)
         return runtime.usage(model).bytes, runtime.memory_size(model)
 
-    plain, with_metric = measure(embedded(tiny, "keydiff")), measure(embedded(tiny, name))
+    plain, with_metric = measure(embedded(tiny, "streamingllm")), measure(embedded(tiny, name))
     needs, queries = small(name, tiny).needs, tiny.n_layer * tiny.n_head * tiny.d_head * 4
-    extra = queries * (needs.window + needs.query_mean + needs.query_covariance * tiny.d_head)
+    extra = needs.key_sum * queries * tiny.n_head_kv // tiny.n_head
+    extra += queries * (needs.window + needs.query_mean + needs.query_covariance * tiny.d_head)
     extra += (needs.output_norms + needs.past + needs.attention_sums) * plain[0] // (2 * tiny.d_head)  # a number for each cell
     assert abs(with_metric[0] - plain[0] - extra) <= 64 * tiny.n_layer  # alignment
     assert abs(with_metric[1] - plain[1] - extra) <= 0.01 * plain[1]
@@ -292,7 +293,7 @@ def test_another_metric_by_an_override(tiny: TinyModel) -> None:
     assert cells(other) != cells(by_file) and runtime.usage(other).bytes < runtime.usage(by_file).bytes
 
 
-@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake", "foresight", "h2o"])
+@pytest.mark.parametrize("name", ["expectedattention", "criticalkv-cake", "foresight", "h2o", "keydiff"])
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "cohere2", "gpt-oss"])
 def test_layers_with_a_window(tmp_path: Path, arch: str, name: str) -> None:
     """Only the other layers keep anything for the metric; a full cache gives stock's logits, a small one finite ones."""

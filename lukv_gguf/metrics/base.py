@@ -41,6 +41,8 @@ class Needs:
         What earlier commits of a bounded cache said about each cell.
     plain_keys : bool
         The keys before RoPE.
+    key_sum : bool
+        The sum of all keys that a bounded cache has seen, those of evicted cells too.
     """
 
     values: bool = False
@@ -54,6 +56,7 @@ class Needs:
     chunk: int = 0
     past: bool = False
     plain_keys: bool = False
+    key_sum: bool = False
 
     @classmethod
     def union(cls, needs: Iterable[Needs]) -> Needs:
@@ -95,6 +98,8 @@ class LayerState:
         Attention that each cell has received from all queries so far.
     reconstruction : Tensor [H, T], optional
         The largest attention that each cell received while the model repeated its context.
+    key_sum : Tensor [H, d], optional
+        Sum over the tokens read so far of k / ||k||, the keys after RoPE; by default over those that are here.
     past : Tensor [H, T], optional
         What earlier commits said about each cell, 0 for new ones: see `Metric.carry`. By default all cells are new.
     positions : int Tensor [T], optional
@@ -121,6 +126,7 @@ class LayerState:
     output_norms: Tensor | None = None
     attention_sums: Tensor | None = None
     reconstruction: Tensor | None = None
+    key_sum: Tensor | None = None
     past: Tensor | None = None
     positions: Tensor | None = None
     n_past: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -81,7 +82,7 @@ class Foresight(Metric):
         mean = attention.mean(dim=1)
         kernel = int(self.params["kernel"])
         features = [
-            -KeyDiff().score(state),
+            -KeyDiff().score(replace(state, key_sum=None)),  # of the cells that are here, as in the training
             _log_norm(keys),
             _log_norm(values),
             (mean + _LEAST_ATTENTION).log(),

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lukv_gguf.metrics.base import LayerState, Metric
+from lukv_gguf.metrics.base import LayerState, Metric, Needs
 
 
 class KeyDiff(Metric):
     """s_j = -cos(k_j, mean over i of k_i / ||k_i||), on the keys after RoPE.
+
+    The mean is that of all tokens read so far. In a bounded cache the cells that are left are those that differ most from
+    it, so a mean of these alone, as in the paper, drifts away with every commit: the sum is kept beside the cells.
 
     References
     ----------
@@ -23,7 +26,12 @@ class KeyDiff(Metric):
     cost = "T d"
     native = True
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(key_sum=True)
+
     def score(self, state: LayerState) -> Tensor:
         unit_keys = normalize(state.keys.to(torch.float32), dim=-1)
-        anchor = normalize(unit_keys.mean(dim=-2, keepdim=True), dim=-1)
+        direction = unit_keys.mean(dim=-2) if state.key_sum is None else state.key_sum
+        anchor = normalize(direction, dim=-1)[:, None]
         return -(unit_keys * anchor).sum(dim=-1)

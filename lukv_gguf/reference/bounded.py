@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lukv_gguf.collect import future_rotation, output_norms, plain_keys
 from lukv_gguf.errors import LukvError
@@ -36,6 +37,7 @@ class _Head:
     output_norms: Tensor  # [G, n_cells]
     attention_sums: Tensor  # [G, n_cells]
     past: Tensor
+    key_sum: Tensor  # [d], of all tokens up to the last commit: k / ||k||
 
     def select(self, keep: Tensor) -> None:
         """Keep some of the cells, by index or by mask."""
@@ -110,6 +112,7 @@ class BoundedDecoder:
                     torch.empty(n_group, 0),
                     torch.empty(n_group, 0),
                     torch.empty(0),
+                    torch.zeros(config.d_key),
                 )
                 for _ in range(config.n_head_kv)
             ]
@@ -175,11 +178,13 @@ class BoundedDecoder:
         n_cells = self._n_cells if n_cells is None else n_cells
         for i in range(self._model.config.n_layer):
             for head in range(self._model.config.n_head_kv):
-                self._heads[i][head].select(self._select(i, head, int(n_cells[i, head])))
+                cells = self._heads[i][head]
+                cells.key_sum = cells.key_sum + normalize(cells.keys[len(cells.keys) - self._n_recent :], dim=-1).sum(dim=0)
+                cells.select(self._select(i, head, int(n_cells[i, head])))
         self._n_recent = 0
 
     def truncate(self, n_past: int) -> None:
-        """Forget the tokens from `n_past` on. What was evicted does not come back."""
+        """Forget the tokens from `n_past` on. What was evicted does not come back, and sums keep what went into them."""
         self._n_recent -= min(self._n_recent, self._n_past - n_past)
         for queries in self._queries:
             queries.last = queries.last[:, : max(0, queries.last.shape[1] - (self._n_past - n_past))]
@@ -223,6 +228,7 @@ class BoundedDecoder:
             future_rotation=rotation,
             output_norms=cells.output_norms[None],
             attention_sums=cells.attention_sums,
+            key_sum=cells.key_sum[None] if needs.key_sum else None,
             past=cells.past[None],
             positions=cells.positions,
             n_past=self._n_past,

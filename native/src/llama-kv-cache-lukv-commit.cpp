@@ -450,6 +450,70 @@ private:
     std::vector<std::pair<ggml_tensor *, std::vector<char>>> inputs;
 };
 
+std::vector<ggml_tensor *> llama_kv_cache_lukv::build_k_sums(commit_graph & graph, const std::vector<eviction> & evictions) const {
+    auto * ctx = graph.ctx.get();
+
+    // the rows of the recent cells of each layer and sequence, head by head: one input for all of a device
+    std::map<ggml_backend_dev_t, std::vector<int32_t>> rows;
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        auto & cur = rows[get_dev(kv.layers[l].il)];
+        for (const auto & eviction : evictions) {
+            for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
+                const auto & seg = eviction.seq->segs[l*params.n_head_kv + ih];
+
+                const size_t first = cur.size();
+                cur.resize(first + eviction.seq->pos_recent.size());
+                std::iota(cur.begin() + first, cur.end(), seg.offs + seg.pos.size());
+            }
+        }
+    }
+
+    std::map<ggml_backend_dev_t, ggml_tensor *> idxs;
+    std::map<ggml_backend_dev_t, int64_t>       first;
+
+    std::map<int64_t, ggml_tensor *> ones; // of so many rows
+
+    std::vector<ggml_tensor *> res;
+    for (const auto & layer : kv.layers) {
+        ggml_backend_dev_t dev = get_dev(layer.il);
+
+        for (const auto & eviction : evictions) {
+            const auto & seq = *eviction.seq;
+
+            const int64_t n = params.n_head_kv*seq.pos_recent.size();
+            if (n == 0) {
+                res.push_back(seq.queries.slot >= 0 ? queries->build_k_sum(ctx, seq.queries, nullptr, nullptr, layer.il) : nullptr);
+                continue;
+            }
+
+            auto & cur = idxs[dev];
+            if (!cur) {
+                const int64_t n_all = rows[dev].size();
+                cur = graph.on_device(graph.input(GGML_TYPE_I32, std::move(rows[dev]), n_all), dev);
+            }
+
+            ggml_tensor * keys = ggml_get_rows(ctx, layer.k, ggml_view_1d(ctx, cur, n, first[dev]*cur->nb[0]));
+            graph.devs.emplace_back(keys, dev);
+            first[dev] += n;
+
+            // on a GPU that would be a product for each head
+            ggml_tensor * cur_ones = nullptr;
+            if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+                auto & t = ones[n];
+                if (!t) {
+                    t = ggml_reshape_3d(ctx, graph.input(GGML_TYPE_F32, std::vector<float>(n, 1.0f), 1), 1, n/params.n_head_kv, params.n_head_kv);
+                }
+                cur_ones = t;
+            }
+
+            res.push_back(queries->build_k_sum(ctx, seq.queries, keys, cur_ones, layer.il));
+            ggml_build_forward_expand(graph.gf, res.back());
+        }
+    }
+
+    return res;
+}
+
 bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows) {
     rows.assign(evictions.size()*n_heads(), {});
 
@@ -490,6 +554,11 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
     ggml_tensor * inp_rot_k = input_rot(rot_k);
     ggml_tensor * inp_rot_v = input_rot(rot_v);
 
+    std::vector<ggml_tensor *> k_sums;
+    if (needs.k_sum) {
+        k_sums = build_k_sums(graph, evictions);
+    }
+
     // the scores on a device, and the heads that give up cells: the first row of each in the scores, its cells, and how many go
     struct selection {
         std::vector<ggml_tensor *> scores;
@@ -501,11 +570,13 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         struct layer_segs {
             size_t        i_score;
             ggml_tensor * k;
+            ggml_tensor * k_sums; // of all heads, and which of them are those of the segments
             int64_t       first;
             int64_t       n;
         };
         std::vector<layer_segs> layers;
         std::vector<int32_t>    layer_segs_data;
+        std::vector<int32_t>    layer_sums_data;
 
         int64_t n_rows = 0;
 
@@ -524,6 +595,8 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         auto & segs = cur.layer_segs_data;
 
         const int64_t n_segs = segs.size()/2;
+
+        ggml_tensor * layer_k_sums = nullptr;
 
         for (size_t e = 0; e < evictions.size(); ++e) {
             const auto & seq = *evictions[e].seq;
@@ -580,6 +653,12 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 }
             }
 
+            ggml_tensor * k_sum = needs.k_sum ? k_sums[l*evictions.size() + e] : nullptr;
+
+            if (ops[l].score && k_sum) {
+                layer_k_sums = layer_k_sums ? ggml_concat(ctx, layer_k_sums, k_sum, 1) : k_sum;
+            }
+
             for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
                 const size_t i   = l*params.n_head_kv + ih;
                 const auto & seg = seq.segs[i];
@@ -601,6 +680,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
 
                 if (ops[l].score) {
                     segs.insert(segs.end(), { (int32_t) seg.offs, n_cells });
+                    cur.layer_sums_data.push_back(layer_k_sums->ne[1] - params.n_head_kv + ih);
                     continue;
                 }
 
@@ -610,6 +690,9 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
                 s.n_keep    = n_keep;
+                if (k_sum) {
+                    s.k_sum = ggml_view_1d(ctx, k_sum, k_sum->ne[0], ih*k_sum->nb[1]);
+                }
                 if (needs.plain) {
                     build_plain(s, inp_rot_k, inp_rot_v);
                 }
@@ -622,25 +705,26 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         }
 
         if ((int64_t) segs.size()/2 > n_segs) {
-            cur.layers.push_back({ cur.scores.size(), layer.k, n_segs, (int64_t) segs.size()/2 - n_segs });
+            cur.layers.push_back({ cur.scores.size(), layer.k, layer_k_sums, n_segs, (int64_t) segs.size()/2 - n_segs });
             cur.scores.push_back(nullptr);
             cur.n_rows += layer.k->ne[1];
         }
     }
 
-    bool empty = true;
-
     for (auto & [dev, cur] : selections) {
         if (cur.heads.empty()) {
             continue;
         }
-        empty = false;
 
         if (!cur.layers.empty()) {
             ggml_tensor * segs = graph.on_device(graph.input(GGML_TYPE_I32, cur.layer_segs_data, 2), dev);
+            ggml_tensor * sums = graph.on_device(graph.input(GGML_TYPE_I32, cur.layer_sums_data, cur.layer_sums_data.size()), dev);
 
-            for (const auto & [i_score, k, first, n] : cur.layers) {
-                cur.scores[i_score] = ggml_keydiff_ragged(ctx, k, ggml_view_2d(ctx, segs, 2, n, segs->nb[1], first*segs->nb[1]));
+            for (const auto & [i_score, k, k_sums, first, n] : cur.layers) {
+                ggml_tensor * anchors = ggml_get_rows(ctx, k_sums, ggml_view_1d(ctx, sums, n, first*sums->nb[0]));
+                graph.devs.emplace_back(anchors, dev);
+
+                cur.scores[i_score] = ggml_keydiff_ragged(ctx, k, ggml_view_2d(ctx, segs, 2, n, segs->nb[1], first*segs->nb[1]), anchors);
             }
         }
 
@@ -684,7 +768,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
         graph.output(cur.res);
     }
 
-    if (empty) {
+    if (ggml_graph_n_nodes(graph.gf) == 0) {
         return true;
     }
 

@@ -103,7 +103,7 @@ void llama_kv_cache_lukv::set_input_idxs(ggml_tensor * dst, const llama_ubatch &
 }
 
 void llama_kv_cache_lukv::init_queries(kv_seq & seq) {
-    if (!queries->active()) {
+    if (!queries->has_state()) {
         return;
     }
 

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
-static constexpr uint32_t STATE_MAGIC = 0x6c756b77; // of the format: another one for each change of it
+static constexpr uint32_t STATE_MAGIC = 0x6c756b78; // of the format: another one for each change of it
 
 //
 // state

@@ -424,6 +424,10 @@ private:
     bool compute_evicted(const std::vector<eviction> & evictions, std::vector<std::vector<int32_t>> & rows);
     bool compute_moves  (const cell_moves & moves, bool async = false);
 
+    // let the keys of the recent cells enter the sums of their sequences, in a graph of a commit
+    // returns the sums [n_embd_head, n_head_kv]: [layer*n_evictions + eviction], none for a sequence without a token
+    std::vector<ggml_tensor *> build_k_sums(commit_graph & graph, const std::vector<eviction> & evictions) const;
+
     // for the recent cells
     bool compute_norms(const std::vector<eviction> & evictions);
 

@@ -81,9 +81,8 @@ static ggml_tensor * sink_mask(const llama_lukv_scorer & s) {
 static ggml_tensor * build_keydiff(const llama_lukv_scorer & s) {
     // only the order of the scores matters: neither the length of the normalised keys nor that of their sum does
     ggml_tensor * k_norm = ggml_rms_norm(s.ctx, to_f32(s.ctx, s.k), 1e-12f);
-    ggml_tensor * k_sum  = sum_columns(s, k_norm);
 
-    return ggml_scale(s.ctx, ggml_mul_mat(s.ctx, k_norm, k_sum), -1.0f/s.k->ne[0]/s.n_cells());
+    return ggml_scale(s.ctx, ggml_mul_mat(s.ctx, k_norm, s.k_sum), -1.0f/s.k->ne[0]);
 }
 
 static ggml_tensor * build_knorm(const llama_lukv_scorer & s) {
@@ -656,6 +655,12 @@ static llama_lukv_needs needs_attention(const metric_params &) {
     return res;
 }
 
+static llama_lukv_needs needs_keys(const metric_params &) {
+    llama_lukv_needs res;
+    res.k_sum = true;
+    return res;
+}
+
 static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
     llama_lukv_metric res = base;
 
@@ -726,7 +731,7 @@ static std::vector<llama_lukv_metric> make_metrics() {
         expected,
         { "foresight",    { window, kernel }, needs_trained, build_foresight, nullptr },
         h2o,
-        { "keydiff",      {}, needs_nothing, build_keydiff, nullptr },
+        { "keydiff",      {}, needs_keys, build_keydiff, nullptr },
         { "knorm",        {}, needs_nothing, build_knorm,   build_layer_norms },
         { "kvzip",        { { "chunk", true, 2048, 1 } }, needs_repetition, build_kvzip, nullptr },
         { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random, build_layer_random },

@@ -30,6 +30,7 @@ struct llama_lukv_needs {
     bool weights   = false; // it was trained
     bool repeated  = false; // past is what a repetition of the context showed: nothing is evicted without
     bool attn_sums = false; // attention that each cell has received from all queries so far
+    bool k_sum     = false; // sum of all keys so far, those of evicted cells too
 };
 
 // by name, as in lukv.metric.<name>
@@ -81,6 +82,8 @@ struct llama_lukv_scorer {
     ggml_tensor * q      = nullptr;  // [n_embd_head_k, n_gqa, n_queries], nullptr if there are none
     ggml_tensor * q_mean = nullptr;  // [n_embd_head_k, n_gqa]
     ggml_tensor * q_cov  = nullptr;  // [n_embd_head_k, n_embd_head_k, n_gqa]
+
+    ggml_tensor * k_sum = nullptr; // of keys of equal length [n_embd_head_k]
 
     ggml_tensor * out_norms = nullptr; // [1, n_cells]
     ggml_tensor * attn_sums = nullptr; // [n_cells]

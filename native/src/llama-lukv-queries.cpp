@@ -23,7 +23,7 @@ std::vector<std::pair<ggml_tensor *, uint32_t>> llama_lukv_queries::layer::tenso
     if (last) {
         res.emplace_back(last, n_window);
     }
-    for (ggml_tensor * t : { sum, outer }) {
+    for (ggml_tensor * t : { sum, outer, k_sum }) {
         if (t) {
             res.emplace_back(t, 1);
         }
@@ -44,11 +44,11 @@ llama_lukv_queries::llama_lukv_queries(
     for (const auto & [il, dev] : devs) {
         layer cur;
 
-        if (active()) {
+        if (has_state()) {
             auto & ctx = ctx_map[ggml_backend_dev_buffer_type(dev)];
             if (!ctx) {
                 ctx.reset(ggml_init({
-                    /*.mem_size   =*/ 3*devs.size()*ggml_tensor_overhead(),
+                    /*.mem_size   =*/ 4*devs.size()*ggml_tensor_overhead(),
                     /*.mem_buffer =*/ nullptr,
                     /*.no_alloc   =*/ true,
                 }));
@@ -69,6 +69,10 @@ llama_lukv_queries::llama_lukv_queries(
                 cur.outer = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd*n_embd*n_head, n_seq_max);
                 ggml_format_name(cur.outer, "cache_q_outer_l%d", il);
             }
+            if (needs.k_sum) {
+                cur.k_sum = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd*hparams.n_head_kv(il), n_seq_max);
+                ggml_format_name(cur.k_sum, "cache_k_sum_l%d", il);
+            }
         }
 
         layers[il] = cur;
@@ -85,10 +89,10 @@ llama_lukv_queries::llama_lukv_queries(
             buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
         }
         if (!buf) {
-            throw std::runtime_error("failed to allocate buffer for the queries of the metric");
+            throw std::runtime_error("failed to allocate buffer for what the metric keeps of sequences");
         }
 
-        LLAMA_LOG_INFO("%s: %10s query buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
+        LLAMA_LOG_INFO("%s: %10s metric buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
 
         ggml_backend_buffer_clear(buf, 0);
 
@@ -125,7 +129,7 @@ void llama_lukv_queries::init_seq(seq_state & seq, const std::vector<int32_t> & 
     seq.n_sum = 0;
 
     for (const auto & [_, layer] : layers) {
-        for (ggml_tensor * t : { layer.sum, layer.outer }) {
+        for (ggml_tensor * t : { layer.sum, layer.outer, layer.k_sum }) {
             if (t) {
                 ggml_backend_tensor_memset(t, 0, seq.slot*t->nb[1], t->nb[1]);
             }
@@ -141,7 +145,7 @@ void llama_lukv_queries::add(seq_state & seq, const llama_pos * pos, uint32_t n,
 }
 
 void llama_lukv_queries::remove(seq_state & seq, llama_pos p0, llama_pos p1) const {
-    // what was summed stays: it says what queries are like
+    // what was summed stays: it says what queries and keys are like
     for (llama_pos & pos : seq.pos) {
         if (pos >= p0 && pos < p1) {
             pos = -1;
@@ -390,4 +394,23 @@ llama_lukv_queries::seq_view llama_lukv_queries::build_view(ggml_context * ctx, 
     }
 
     return res;
+}
+
+ggml_tensor * llama_lukv_queries::build_k_sum(ggml_context * ctx, const seq_state & seq, ggml_tensor * keys, ggml_tensor * ones, int32_t il) const {
+    ggml_tensor * all = layers.at(il).k_sum;
+
+    const int64_t n_embd = model.hparams.n_embd_head_k(il);
+    const int64_t n_head = all->ne[0]/n_embd;
+
+    ggml_tensor * sum = ggml_view_2d(ctx, all, n_embd, n_head, n_embd*sizeof(float), seq.slot*all->nb[1]);
+    if (!keys) {
+        return sum;
+    }
+
+    ggml_tensor * cur = ggml_rms_norm(ctx, keys, 1e-12f);
+    cur = ggml_reshape_3d(ctx, cur, n_embd, cur->ne[1]/n_head, n_head);
+    // saves the transposed copy
+    cur = ones ? ggml_out_prod(ctx, cur, ones) : ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, cur)));
+
+    return ggml_add_inplace(ctx, sum, ggml_reshape_2d(ctx, cur, n_embd, n_head));
 }

@@ -19,7 +19,8 @@ class llama_io_write_i;
 //
 // llama_lukv_queries
 //
-// what a metric keeps of the queries: for each sequence the last ones after RoPE, and sums over all of them before it
+// what a metric keeps of the queries: for each sequence the last ones after RoPE, and sums over all of them before it.
+// and a sum over the keys as they are cached, to which each commit adds those that came since the one before it
 //
 // sequences have slots. the last queries of a slot are a ring: that of the position p is at p % n_window
 //
@@ -78,6 +79,9 @@ public:
     // false if the metric does not ask for queries
     bool active() const { return needs.n_window > 0 || needs.n_future > 0; }
 
+    // false if there is nothing of a sequence
+    bool has_state() const { return active() || needs.k_sum; }
+
     size_t size() const;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
@@ -113,6 +117,11 @@ public:
     seq_view build_view(ggml_context * ctx, const std::function<ggml_tensor * (const std::vector<int32_t> & data, int64_t ne0)> & input_i32,
             const seq_state & seq, int32_t il, ggml_tensor * rotation) const;
 
+    // add keys to the sum of a sequence, each made as long as the others: F32 [n_embd_head, n_keys*n_head_kv], head by head, nullptr for none
+    // ones - [1, n_keys, n_head_kv], for a sum by an outer product, or nullptr
+    // returns the sum [n_embd_head, n_head_kv]
+    ggml_tensor * build_k_sum(ggml_context * ctx, const seq_state & seq, ggml_tensor * keys, ggml_tensor * ones, int32_t il) const;
+
     const attn_info & get_attn(int32_t il) const { return layers.at(il).attn; }
 
     const llama_lukv_needs needs;
@@ -122,6 +131,7 @@ private:
         ggml_tensor * last  = nullptr; // [n_embd_head*n_head, n_window*n_seq_max]
         ggml_tensor * sum   = nullptr; // [n_embd_head*n_head, n_seq_max]
         ggml_tensor * outer = nullptr; // [n_embd_head*n_embd_head*n_head, n_seq_max]
+        ggml_tensor * k_sum = nullptr; // [n_embd_head*n_head_kv, n_seq_max]
 
         mutable attn_info attn;
 

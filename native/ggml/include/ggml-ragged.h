@@ -28,16 +28,18 @@ extern "C" {
             float                 scale,
             float                 logit_softcap);
 
-    // KeyDiff scores: -cos(k, mean of the normalised keys of the segment)
+    // KeyDiff scores: -cos(k, mean of the normalised keys of the segment), or the same with a given vector instead of the mean
     // ref: https://arxiv.org/abs/2504.15364
     //
-    // k:    [n_embd, n_rows]
-    // segs: [2, n_head_kv] I32: first row and number of cells of each KV head
-    // res:  [n_rows]       F32, rows outside the segments are left as they are
+    // k:       [n_embd, n_rows]
+    // segs:    [2, n_head_kv]      I32: first row and number of cells of each KV head
+    // anchors: [n_embd, n_head_kv] F32, optional: one for each segment. the scores are -<k/|k|, anchor>, whatever its length
+    // res:     [n_rows]            F32, rows outside the segments are left as they are
     GGML_API struct ggml_tensor * ggml_keydiff_ragged(
             struct ggml_context * ctx,
             struct ggml_tensor  * k,
-            struct ggml_tensor  * segs);
+            struct ggml_tensor  * segs,
+            struct ggml_tensor  * anchors);
 
     // the smallest numbers of each segment. of equal ones the first, NaN is smaller than any number
     //

@@ -56,7 +56,8 @@ struct ggml_tensor * ggml_flash_attn_ragged(
 struct ggml_tensor * ggml_keydiff_ragged(
         struct ggml_context * ctx,
         struct ggml_tensor  * k,
-        struct ggml_tensor  * segs) {
+        struct ggml_tensor  * segs,
+        struct ggml_tensor  * anchors) {
     GGML_ASSERT(segs->type  == GGML_TYPE_I32);
     GGML_ASSERT(segs->ne[0] == 2);
     GGML_ASSERT(ggml_is_matrix(segs));
@@ -64,11 +65,19 @@ struct ggml_tensor * ggml_keydiff_ragged(
     GGML_ASSERT(ggml_is_contiguous(k));
     GGML_ASSERT(ggml_is_contiguous(segs));
 
+    if (anchors) {
+        GGML_ASSERT(anchors->type == GGML_TYPE_F32);
+        GGML_ASSERT(anchors->ne[0] == k->ne[0] && anchors->ne[1] == segs->ne[1]);
+        GGML_ASSERT(ggml_is_matrix(anchors));
+        GGML_ASSERT(ggml_is_contiguous(anchors));
+    }
+
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, k->ne[1]);
 
     result->op     = GGML_OP_KEYDIFF_RAGGED;
     result->src[0] = k;
     result->src[1] = segs;
+    result->src[2] = anchors;
 
     return result;
 }

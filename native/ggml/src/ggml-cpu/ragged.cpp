@@ -188,8 +188,9 @@ static int64_t keydiff_scratch_size(const ggml_tensor * dst) {
 }
 
 void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * k    = dst->src[0];
-    const ggml_tensor * segs = dst->src[1];
+    const ggml_tensor * k     = dst->src[0];
+    const ggml_tensor * segs  = dst->src[1];
+    const ggml_tensor * given = dst->src[2];
 
     const int64_t D      = k->ne[0];
     const int     n_head = segs->ne[1];
@@ -211,6 +212,28 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
     // 1/|k|, which the second pass turns into the score: a thread has the same cells in both
     const auto scores = [&](int h, int c) { return (float *) dst->data + seg[2*h] + c; };
 
+    const auto inverse_lengths = [&](int n, const float * K, float * res) {
+        for (int i = 0; i < n; ++i) {
+            float sqr;
+            ggml_vec_dot_f32(D, &sqr, 0, K + i*D, 0, K + i*D, 0, 1);
+            res[i] = sqr > 0.0f ? 1.0f/sqrtf(sqr) : 0.0f;
+        }
+    };
+
+    if (given) {
+        for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
+            for (int c = first; c < last; c += TILE) {
+                const int n = std::min(TILE, last - c);
+
+                const float * K = rows_f32(k, seg[2*h] + c, n, KT);
+                inverse_lengths(n, K, scores(h, c));
+                dot_rows(n, D, K, (const float *) given->data + h*D, -1.0f, dots);
+                ggml_vec_mul_f32(n, scores(h, c), scores(h, c), dots);
+            }
+        });
+        return;
+    }
+
     for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
         float * sum = sums + (int64_t(ith)*n_head + h)*D;
         std::fill(sum, sum + D, 0.0f);
@@ -220,11 +243,7 @@ void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggm
 
             const float * K   = rows_f32(k, seg[2*h] + c, n, KT);
             float       * inv = scores(h, c);
-            for (int i = 0; i < n; ++i) {
-                float sqr;
-                ggml_vec_dot_f32(D, &sqr, 0, K + i*D, 0, K + i*D, 0, 1);
-                inv[i] = sqr > 0.0f ? 1.0f/sqrtf(sqr) : 0.0f;
-            }
+            inverse_lengths(n, K, inv);
             simd_gemm(sum, inv, K, 1, n, D);
         }
     });

@@ -1085,7 +1085,7 @@ struct keydiff_args {
     const char    * k;
     const int32_t * segs;
 
-    float * part;   // [n_blocks + n_segs][D]: sums of normalised keys
+    float * part;   // [n_blocks + n_segs][D]: sums of normalised keys, nullptr if the anchors are given
     float * anchor; // [n_segs][D]
     float * scores; // [n_rows]
 
@@ -1279,12 +1279,19 @@ static __global__ void keydiff_score(const keydiff_args args) {
 
     __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
 
+    // with given anchors this is the first kernel: nothing has waited for the segments yet
+    if (!args.part) {
+        ggml_cuda_pdl_sync();
+    }
+
     const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
 
     const int sub  = threadIdx.x % 8;
     const int slot = threadIdx.x / 8;
 
-    ggml_cuda_pdl_sync();
+    if (args.part) {
+        ggml_cuda_pdl_sync();
+    }
 
     // the cells that were read last are still in the cache
     for_each_part<true>(tiles, [&](const int seg, const int64_t row, const int n) {
@@ -1327,6 +1334,15 @@ static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     args.segs   = (const int32_t *) dst->src[1]->data;
     args.scores = (float *)         dst->data;
     args.n_segs = dst->src[1]->ne[1];
+
+    if (dst->src[2]) {
+        args.anchor = (float *) dst->src[2]->data;
+
+        const int n_blocks = n_blocks_resident((const void *) keydiff_score<type, D>, KEYDIFF_THREADS, 0);
+
+        ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks), KEYDIFF_THREADS, 0, ctx.stream() }, args);
+        return;
+    }
 
     const int n_blocks = n_blocks_resident((const void *) keydiff_sum<type, D>, KEYDIFF_THREADS, 0);
 
