@@ -25,10 +25,11 @@ class Context:
         flash_attn: bool = True,
         unified: bool = True,
         n_gpu_layers: int = 0,
+        verbose: bool = False,
     ) -> None:
         # the binding makes the array of overrides for us
         self._loader = llama_cpp.Llama(
-            model_path=str(path), kv_overrides=dict(overrides or {}), n_ctx=64, n_batch=64, verbose=False, n_threads=1,
+            model_path=str(path), kv_overrides=dict(overrides or {}), n_ctx=64, n_batch=64, verbose=verbose, n_threads=1,
             n_gpu_layers=n_gpu_layers,
         )  # fmt: skip
         params = llama_cpp.llama_context_default_params()
@@ -42,7 +43,7 @@ class Context:
         assert self.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self.n_vocab = self._loader.n_vocab()
-        self._batch = llama_cpp.llama_batch_init(n_ctx, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(n_ctx, 0, n_seq_max)
 
     def __enter__(self) -> Context:
         return self
@@ -55,18 +56,26 @@ class Context:
     def length(self, sequence: int) -> int:
         return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence) + 1
 
-    def try_decode(self, tokens: Mapping[int, Sequence[int]]) -> int:
+    def try_decode(self, tokens: Mapping[int | tuple[int, ...], Sequence[int]]) -> int:
+        """A tuple stands for sequences that get the same tokens."""
         batch, n = self._batch, 0
-        for sequence, ids in tokens.items():
-            start = self.length(sequence)
+        lengths: dict[int, int] = {}
+        for key, ids in tokens.items():
+            sequences = key if isinstance(key, tuple) else (key,)
+            start = lengths.get(sequences[0], self.length(sequences[0]))
+            lengths |= dict.fromkeys(sequences, start + len(ids))
             for i, token in enumerate(ids):
                 batch.token[n], batch.pos[n], batch.logits[n] = token, start + i, True
-                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+                batch.n_seq_id[n] = len(sequences)
+                for s, sequence in enumerate(sequences):
+                    batch.seq_id[n][s] = sequence
                 n += 1
         batch.n_tokens = n
         return llama_cpp.llama_decode(self.ctx, batch)
 
-    def decode(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
+    def decode(
+        self, tokens: Mapping[int | tuple[int, ...], Sequence[int]]
+    ) -> dict[int | tuple[int, ...], np.ndarray]:
         """Logits of the tokens that continue each sequence, [n, n_vocab]."""
         assert self.try_decode(tokens) == 0
         n = self._batch.n_tokens

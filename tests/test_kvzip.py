@@ -157,6 +157,24 @@ def test_state_and_sequences(tiny: TinyModel, path: Path) -> None:
         assert_best(kept, scores(tiny)[i])
 
 
+def test_prompt_of_several_sequences(tiny: TinyModel, path: Path) -> None:
+    """Each has its own repetition."""
+    with Context(path, n_ctx=1200) as context:
+        for first in range(0, N_CONTEXT, 100):
+            context.decode({(0, 1, 2): CONTEXT[first : first + 100]})
+        for sequence, replays in {0: REPLAYS, 2: REPLAYS[:1], 1: REPLAYS[1:]}.items():
+            with pytest.raises(LukvError, match="could not evict"):
+                runtime.commit(context.ctx)
+            for replay in replays:
+                runtime.record_repetition(context.ctx, replay.tokens, replay.start, replay.end, sequence=sequence)
+        runtime.commit(context.ctx)
+        for sequence, replays in {0: REPLAYS, 2: REPLAYS[:1], 1: REPLAYS[1:]}.items():
+            expected = scores(tiny, replays)
+            for i, kept in positions(context.ctx, tiny, sequence).items():
+                assert 0 < len(kept) < N_CONTEXT
+                assert_best(kept, expected[i])
+
+
 def test_nothing_is_evicted_before(path: Path, capfd: pytest.CaptureFixture) -> None:
     model = load(path, verbose=True)
     feed(model, CONTEXT)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
@@ -113,6 +115,146 @@ def test_sequences_at_ratio_1_are_stock(tmp_path: Path, arch: str, flash_attn: b
                     cache.copy(1, 2)
 
 
+def assert_same_sequences(context: Context, other: Context, tiny: TinyModel, sequences: Sequence[int]) -> None:
+    for sequence in sequences:
+        assert context.length(sequence) == other.length(sequence)
+        used = runtime.usage(context.ctx, sequence).used
+        np.testing.assert_array_equal(used, runtime.usage(other.ctx, sequence).used)
+        for layer, head in zip(*np.nonzero(used >= 0)):  # layers with a window have no budget
+            kept = (runtime.positions(c.ctx, layer, head, sequence) for c in (context, other))
+            np.testing.assert_array_equal(*kept)
+
+
+@pytest.mark.parametrize("n_prompt", [50, 700])
+@pytest.mark.parametrize(
+    ("arch", "overrides", "flash_attn"),
+    [
+        ("llama", {}, True),
+        ("llama", {}, False),
+        ("llama", {"lukv.metric": "snapkv"}, True),
+        ("llama", {"lukv.metric": "h2o"}, True),
+        ("llama", {"lukv.policy": "prefill"}, True),
+        ("gemma3", {}, True),
+    ],
+)
+def test_tokens_of_several_sequences(
+    tmp_path: Path, arch: str, overrides: dict[str, str], flash_attn: bool, n_prompt: int
+) -> None:
+    """A prompt that is read for several sequences at once is one that was copied, also where it is longer than the context."""
+    tiny = write_tiny(tmp_path / "plain.gguf", arch, n_layer=4, d_head=64, n_ctx=4096)
+    embed(tiny.path, tmp_path / "lukv.gguf", metadata(uneven_budget(tiny.n_layer, tiny.n_head_kv, RATIO), RATIO))
+    # stock's cache of the window cannot go past the context with such tokens
+    n_ctx = 4096 if "lukv.policy" in overrides else 512 if arch == "llama" else 1024
+    options = dict(overrides=overrides, flash_attn=flash_attn, n_ctx=n_ctx)
+    with Context(tmp_path / "lukv.gguf", **options) as context, Context(tmp_path / "lukv.gguf", **options) as copied:
+        for first in range(0, n_prompt, 350):
+            tokens = random_tokens(min(350, n_prompt - first), first)
+            got, want = context.decode({(2, 0, 3): tokens})[2, 0, 3], copied.decode({0: tokens})[0]
+            assert nmse(got, want) < 1e-10
+        # no cells of their own so far
+        np.testing.assert_array_equal(runtime.usage(context.ctx).used, runtime.usage(copied.ctx).used)
+        for sequence in (0, 2, 3):
+            assert context.length(sequence) == n_prompt
+            np.testing.assert_array_equal(runtime.usage(context.ctx, sequence).used, runtime.usage(copied.ctx, 0).used)
+        for sequence in (2, 3):
+            copied.copy(0, sequence)
+        for i in range(140):
+            batch = {s: random_tokens(1, 100 * i + s) for s in (0, 2, 3)}
+            got, want = context.decode(batch), copied.decode(batch)
+            for sequence in batch:
+                assert nmse(got[sequence], want[sequence]) < 1e-10
+        assert_same_sequences(context, copied, tiny, (0, 2, 3))
+        assert n_prompt < 512 or runtime.usage(context.ctx).evictions > 0
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_tokens_of_several_sequences_at_ratio_1_are_stock(tmp_path: Path, arch: str, flash_attn: bool) -> None:
+    """What else is done to such sequences: one is saved, loses its tail, is removed, copied, kept."""
+    model = write_tiny(tmp_path / "plain.gguf", arch, d_head=64, n_ctx=4096)
+    options = dict(kv_type=F16, flash_attn=flash_attn, n_ctx=1536, n_seq_max=5)
+    with Context(model.path, **options) as stock, Context(model.path, overrides={"lukv.ratio": 1.0}, **options) as context:
+
+        def step(sizes: dict[int | tuple[int, ...], int]) -> None:
+            batch = {s: random_tokens(n, n + i) for i, (s, n) in enumerate(sizes.items())}
+            got, want = context.decode(batch), stock.decode(batch)
+            for key in batch:
+                assert nmse(got[key], want[key]) < (1e-4 if flash_attn else 1e-6)
+            assert all(context.length(s) == stock.length(s) for s in range(5))
+
+        step({(0, 1, 2, 3): 200})
+        states = {cache: cache.save(1) for cache in (context, stock)}
+        everything = context.save()
+        step({(0, 1, 2, 3): 20, 4: 20})
+        for cache in (context, stock):
+            cache.remove(2, 210)
+        step({2: 3, (0, 1): 3, 4: 3})
+        for cache in (context, stock):
+            cache.remove(0)
+            cache.remove(-1, 215)
+        step({1: 1, 2: 1, 3: 1})
+        for cache in (context, stock):
+            cache.remove(4)
+            assert cache.restore(states[cache], 4)
+            cache.copy(4, 0)
+        step({0: 9, 4: 9, 3: 2})
+        for cache in (context, stock):
+            cache.keep(3)
+        step({3: 5, (0, 1): 7})
+        for cache in (context, stock):
+            cache.keep(1)
+        step({1: 4})
+
+        # the sequences are the same ones again
+        assert context.restore(everything)
+        stock.remove(-1)
+        for sequence in range(4):
+            assert stock.restore(states[stock], sequence)
+        used = runtime.usage(context.ctx).used
+        assert (used[used >= 0] == 200).all()
+        step({0: 1, 1: 1, 2: 1, 3: 1})
+
+
+def test_tokens_of_several_sequences_that_are_refused(embedded: Path, capfd: pytest.CaptureFixture) -> None:
+    with Context(embedded, n_seq_max=3, verbose=True) as context:
+
+        def refused(batch: dict[int | tuple[int, ...], list[int]], line: str) -> bool:
+            lengths = [context.length(s) for s in range(3)]
+            capfd.readouterr()
+            assert context.try_decode(batch) != 0
+            assert [context.length(s) for s in range(3)] == lengths
+            return line in capfd.readouterr().err
+
+        assert refused({(0, 1): [5], 0: [6]}, "have all their tokens in common")
+        assert refused({(0, 1): [5], (1, 2): [6]}, "")
+        context.decode({0: [5, 6], 1: [5, 6]})
+        assert refused({(0, 1): [7]}, "have all their tokens in common")
+        assert refused({(1, 2): [7]}, "")
+        context.decode({0: [7], 1: [7]})
+        context.remove(1)
+        context.decode({(1, 2): [7, 8]})
+        assert refused({(0, 1): [7]}, "")
+    with Context(embedded, unified=False, verbose=True) as context:
+        assert context.try_decode({(0, 1): [5]}) != 0
+        assert "--kv-unified" in capfd.readouterr().err
+        context.decode({0: [5], 1: [6]})
+
+
+def test_no_room_for_copies_of_a_prompt(embedded: Path) -> None:
+    """Where the whole prompt is kept until it ends: the sequences go on together, and one by one when others are gone."""
+    with Context(embedded, overrides={"lukv.policy": "prefill"}, n_ctx=512) as context:
+        context.decode({(0, 1, 2): random_tokens(300)})
+        assert context.try_decode({0: [5]}) != 0
+        assert not llama_cpp.llama_memory_seq_rm(context.memory, 1, 100, -1)
+        assert [context.length(s) for s in range(3)] == [300] * 3
+        context.decode({(0, 1, 2): [5]})
+        assert runtime.usage(context.ctx).evictions > 0
+        context.remove(0)
+        context.remove(2)
+        context.decode({1: [5]})
+        assert [context.length(s) for s in range(3)] == [0, 302, 0]
+
+
 def test_commit_gives_sequences_their_share(tiny: TinyModel, embedded: Path) -> None:
     """Sequences that grew since they got their cells keep what they are due, not what they had with their first token."""
     plain = plain_cache(tiny, 256, 64, "random")
@@ -156,6 +298,18 @@ class CacheMachine(RuleBasedStateMachine):
     def generate(self, sequences: set[int], n: int, times: int) -> None:
         for i in range(times):
             self._decode({s: random_tokens(n, 100 * i + s) for s in sorted(sequences)})
+
+    @rule(data=st.data(), n=st.integers(1, 8), times=st.integers(1, 20))
+    def read_together(self, data: st.DataObject, n: int, times: int) -> None:
+        """Tokens of several sequences that are the same so far, beside others."""
+        empty = sorted({*range(N_SEQUENCES)} - {*self.plain.lengths})
+        same = [sequences for sequences in [empty, *self.plain.twins] if len(sequences) > 1]
+        if not same:
+            return
+        together = data.draw(st.sets(st.sampled_from(data.draw(st.sampled_from(same))), min_size=2))
+        others = data.draw(st.sets(st.sampled_from(range(N_SEQUENCES)))) - together
+        for i in range(times):
+            self._decode({s: random_tokens(n, 100 * i + k) for k, s in enumerate([tuple(together), *sorted(others)])})
 
     @precondition(lambda self: self.plain.lengths)
     @rule(data=st.data())

@@ -313,6 +313,7 @@ class BoundedSequences:
         self._n_kept = np.minimum(size, n_cells(size) + (n_sequences - 1) * (sink + recent + 2))
         self._empty = BoundedDecoder(model, metric, n_cells(size), n_recent=n_recent, sink=sink, recent=recent)
         self._sequences: dict[int, BoundedDecoder] = {}
+        self._twins: dict[int, int] = {}  # sequences without cells of their own, and the one whose cells they have
         self._quotas: dict[int, int] = {}
         self._rooms: dict[int, int] = {}
         self._stale = False
@@ -320,26 +321,45 @@ class BoundedSequences:
     @property
     def lengths(self) -> dict[int, int]:
         """Tokens of each sequence that has some."""
-        return {i: sequence._n_past for i, sequence in sorted(self._sequences.items())}
+        return {i: self._sequences[self._source(i)]._n_past for i in sorted({*self._sequences, *self._twins})}
+
+    @property
+    def twins(self) -> list[list[int]]:
+        """The sequences that have the same cells, for each that is not alone."""
+        return [
+            [source, *(i for i in sorted(self._twins) if self._twins[i] == source)]
+            for source in sorted({*self._twins.values()})
+        ]
 
     def owned(self, sequence: int) -> npt.NDArray[np.integer]:
         """Cells that each head of a sequence may keep, int array [n_layer, n_head_kv]."""
-        return self._sequences[sequence]._n_cells
+        return self._sequences[self._source(sequence)]._n_cells
 
     def positions(self, sequence: int, layer: int, head: int) -> npt.NDArray[np.int64]:
         """Positions that a head can attend to, ascending."""
-        if sequence not in self._sequences:
+        if self._source(sequence) not in self._sequences:
             return np.empty(0, np.int64)
-        return self._sequences[sequence].positions(layer, head)
+        return self._sequences[self._source(sequence)].positions(layer, head)
 
-    def decode(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    def decode(self, batch: Mapping[int | tuple[int, ...], Sequence[int]]) -> dict[int | tuple[int, ...], Tensor]:
         """Read as many tokens of each of some sequences: one llama.cpp ubatch.
+
+        A tuple stands for sequences that get the same tokens, and had the same so far.
 
         Returns
         -------
         dict of Tensor [tokens, n_vocab]
             Logits, float32.
         """
+        groups = {key: key if isinstance(key, tuple) else (key,) for key in batch}
+        self._separate(list(groups.values()))
+        sources = {key: self._source(min(group)) for key, group in groups.items()}
+        logits = self._decode({sources[key]: tokens for key, tokens in batch.items()})
+        for key, group in groups.items():
+            self._twins |= {i: sources[key] for i in group if i != sources[key]}
+        return {key: logits[source] for key, source in sources.items()}
+
+    def _decode(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         n = len(next(iter(batch.values())))
         shares = self._shares({i: n for i in batch})
         renew, full = self._stale, []
@@ -370,27 +390,66 @@ class BoundedSequences:
     def truncate(self, sequence: int, n_past: int) -> None:
         """Forget the tokens of a sequence from `n_past` on; all of them frees what it owned."""
         if n_past <= 0:
-            self._sequences.pop(sequence, None)
-        elif sequence in self._sequences and n_past < self._sequences[sequence]._n_past:
+            others = [i for i, source in sorted(self._twins.items()) if source == sequence]
+            if others:
+                self._hand_over(sequence, others[0])
+            elif sequence in self._twins:
+                del self._twins[sequence]
+            else:
+                self._sequences.pop(sequence, None)
+        elif n_past < self.lengths.get(sequence, 0):
+            self._separate([(sequence,)])
             self._sequences[sequence].truncate(n_past)
 
     def keep(self, sequence: int) -> None:
         """Forget all other sequences."""
+        if sequence in self._twins:
+            self._hand_over(self._twins[sequence], sequence)
         self._sequences = {i: kept for i, kept in self._sequences.items() if i == sequence}
+        self._twins = {}
 
     def copy(self, source: int, target: int) -> None:
         """Make an empty sequence a copy of another one; where there is no room, it is made with the next batch."""
-        self._sequences[target] = self._clone(self._sequences[source])
+        self._copy({target: self._source(source)})
+
+    def _copy(self, sources: Mapping[int, int]) -> None:
+        for target, source in sources.items():
+            self._sequences[target] = self._clone(self._sequences[source])
         shares = self._shares({})
-        owned, rooms = self._owned(shares), self._rooms_for([target])
+        owned, rooms = self._owned(shares), self._rooms_for(list(sources))
         for i, sequence in self._sequences.items():
             for head in np.ndindex(self._n_kept.shape):
                 n_kept = len(sequence._heads[head[0]][head[1]].positions) - sequence._n_recent
                 self._stale |= n_kept > owned[i][head] or sequence._n_recent > rooms[i]
         self._settle(shares, owned, rooms)
 
+    def _source(self, sequence: int) -> int:
+        return self._twins.get(sequence, sequence)
+
+    def _separate(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Give twins that are not in the same group, or not both in none, cells of their own."""
+        part = {i: n for n, group in enumerate(groups) for i in group}
+        owners: dict[tuple[int, int | None], int] = {}
+        twins = {}
+        for i, source in sorted(self._twins.items()):
+            owners.setdefault((source, part.get(source)), source)
+            twins[i] = owners.setdefault((source, part.get(i)), i)
+        copies = {i: self._twins[i] for i, owner in twins.items() if i == owner}
+        if copies:
+            self._copy(copies)
+        self._twins = {i: owner for i, owner in twins.items() if i != owner}
+
+    def _hand_over(self, sequence: int, twin: int) -> None:
+        """A sequence is emptied; the cells are those of one of its twins."""
+        for values in (self._sequences, self._quotas, self._rooms):
+            values[twin] = values.pop(sequence)
+        del self._twins[twin]
+        self._twins = {i: twin if source == sequence else source for i, source in self._twins.items()}
+
     def _shares(self, more: Mapping[int, int]) -> dict[int, int]:
-        lengths = {i: self.lengths.get(i, 0) + more.get(i, 0) for i in {*self._sequences, *more}}
+        lengths = {
+            i: (self._sequences[i]._n_past if i in self._sequences else 0) + more.get(i, 0) for i in {*self._sequences, *more}
+        }
         total = sum(lengths.values())
         return {i: max(self._size * length // total, min(length, self._n_protected)) for i, length in lengths.items()}
 

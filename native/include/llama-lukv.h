@@ -48,6 +48,7 @@ extern "C" {
     LLAMA_API int32_t llama_lukv_n_cells_used (const struct llama_context * ctx, int32_t il, int32_t ih);
 
     // the same for one sequence. what it owns is its share, which depends on the other sequences
+    // sequences whose tokens were all read for them together have the same cells, until their tokens differ
     LLAMA_API int32_t llama_lukv_seq_n_cells_owned(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih);
     LLAMA_API int32_t llama_lukv_seq_n_cells_used (const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih);
 

@@ -96,6 +96,12 @@ bool llama_kv_cache_lukv::apply_ubatch(const llama_ubatch & ubatch) {
                 seq.pos_min = ubatch.pos[i];
             }
         }
+
+        for (int32_t j = 0; j < ubatch.n_seq_id[s*n]; ++j) {
+            if (ubatch.seq_id[s*n][j] != ids[s]) {
+                twins[ubatch.seq_id[s*n][j]] = ids[s];
+            }
+        }
     }
     n_tokens_all += ubatch.n_tokens;
 
@@ -859,11 +865,11 @@ llama_lukv_scorer llama_kv_cache_lukv::get_scorer(ggml_context * ctx, const kv_s
 bool llama_kv_cache_lukv::begin_repetition(llama_context * lctx, llama_seq_id seq_id) {
     this->lctx = lctx;
 
-    auto & seq = seqs.at(seq_id);
-
-    if (!compact()) {
+    if (!compact() || !separate({ { seq_id, 0 } })) {
         return false;
     }
+
+    auto & seq = seqs.at(seq_id);
 
     // nothing is said about new cells, and none is new from now on
     const auto n_cells = n_cells_of(seq);

@@ -166,7 +166,7 @@ void llama_kv_cache_lukv::set_input_n_hidden(ggml_tensor * dst, const llama_ubat
     int32_t * data = (int32_t *) dst->data;
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const auto & pos_recent = seqs.at(ubatch.seq_id[i][0]).pos_recent;
+        const auto & pos_recent = seqs.at(get_source(ubatch.seq_id[i][0])).pos_recent;
 
         data[i] = pos_recent.size() - n_recent_seen(pos_recent, ubatch.pos[i], cparams.causal_attn);
     }
@@ -207,7 +207,7 @@ static void fill_kq_mask(T * data, int64_t n_cols, const std::vector<llama_pos> 
 void llama_kv_cache_lukv::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
 
-    const llama_seq_id id = ubatch.seq_id[0][0];
+    const llama_seq_id id = get_source(ubatch.seq_id[0][0]);
 
     const auto &   pos_recent   = seqs.at(id).pos_recent;
     const uint32_t n_recent_pad = get_n_recent_pad(id);

@@ -73,12 +73,8 @@ void llama_kv_cache_lukv_iswa::clear(bool data) {
 }
 
 bool llama_kv_cache_lukv_iswa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    bool res = true;
-
-    res = res & kv_base->seq_rm(seq_id, p0, p1);
-    res = res & kv_swa ->seq_rm(seq_id, p0, p1);
-
-    return res;
+    // where the first one fails, nothing is removed
+    return kv_base->seq_rm(seq_id, p0, p1) && kv_swa->seq_rm(seq_id, p0, p1);
 }
 
 void llama_kv_cache_lukv_iswa::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {

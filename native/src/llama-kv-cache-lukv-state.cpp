@@ -5,10 +5,11 @@
 #include "llama-lukv-state.h"
 #include "llama-lukv.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
-static constexpr uint32_t STATE_MAGIC = 0x6c756b78; // of the format: another one for each change of it
+static constexpr uint32_t STATE_MAGIC = 0x6c756b79; // of the format: another one for each change of it
 
 //
 // state
@@ -77,13 +78,24 @@ void llama_kv_cache_lukv::state_write(llama_io_write_i & io, llama_seq_id seq_id
     llama_lukv_write<uint32_t>(io, type_v);
     llama_lukv_write<uint64_t>(io, hash_metric());
     llama_lukv_write<uint64_t>(io, hash_budget());
-    llama_lukv_write<uint32_t>(io, seq_id < 0 ? seqs.size() : seqs.count(seq_id));
+
+    const llama_seq_id source = get_source(seq_id);
 
     seq_ids_t ids;
     for (const auto & [id, _] : seqs) {
-        if (seq_id < 0 || id == seq_id) {
+        if (seq_id < 0 || id == source) {
             ids.push_back(id);
         }
+    }
+
+    // one of them is a sequence of its own when it is restored
+    const sources_t twins_all = seq_id < 0 ? twins : sources_t();
+
+    llama_lukv_write<uint32_t>(io, ids.size());
+    llama_lukv_write<uint32_t>(io, twins_all.size());
+    for (const auto & [twin, id] : twins_all) {
+        llama_lukv_write(io, twin);
+        llama_lukv_write(io, id);
     }
 
     // all that decides where the cells go comes before them
@@ -140,8 +152,16 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         const bool same_budget = llama_lukv_read<uint64_t>(io) == hash_budget();
 
         const uint32_t n_seqs = llama_lukv_read<uint32_t>(io);
-        if (n_seqs > (seq_id < 0 ? n_seq_max : 1) || seqs.size() + n_seqs > n_seq_max) {
-            throw std::runtime_error(format("it has %u sequences, but there is room for %zu", n_seqs, n_seq_max - seqs.size()));
+        const uint32_t n_twins = llama_lukv_read<uint32_t>(io);
+        const uint32_t n_free  = n_seq_max - seqs.size() - twins.size();
+        if (n_seqs > (seq_id < 0 ? n_free : std::min(n_free, 1u)) || n_twins > (seq_id < 0 ? n_free - n_seqs : 0)) {
+            throw std::runtime_error(format("it has %u sequences, but there is room for %u", n_seqs + n_twins, n_free));
+        }
+
+        sources_t twins_read;
+        for (uint32_t t = 0; t < n_twins; ++t) {
+            const llama_seq_id twin = llama_lukv_read<llama_seq_id>(io);
+            twins_read[twin] = llama_lukv_read<llama_seq_id>(io);
         }
 
         std::map<llama_seq_id, kv_seq> added;
@@ -159,7 +179,11 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
         for (const auto & [id, _] : added) {
             ids.push_back(id);
         }
-        if (ids.size() != n_seqs || (!ids.empty() && (ids.front() < 0 || ids.back() >= LLAMA_MAX_SEQ))) {
+        bool ok = ids.size() == n_seqs && twins_read.size() == n_twins && (ids.empty() || (ids.front() >= 0 && ids.back() < LLAMA_MAX_SEQ));
+        for (const auto & [twin, id] : twins_read) {
+            ok = ok && twin >= 0 && twin < LLAMA_MAX_SEQ && added.count(twin) == 0 && added.count(id) > 0;
+        }
+        if (!ok) {
             throw std::runtime_error("it is damaged");
         }
         if (!add_seqs(std::move(added), seq_id < 0)) {
@@ -179,6 +203,8 @@ void llama_kv_cache_lukv::state_read(llama_io_read_i & io, llama_seq_id seq_id, 
                 }
             });
         }
+
+        twins.insert(twins_read.begin(), twins_read.end());
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: the state cannot be restored: %s\n", __func__, err.what());
 

@@ -364,39 +364,49 @@ llama_kv_cache_lukv::kv_storage llama_kv_cache_lukv::alloc(const std::vector<uin
 std::vector<llama_ubatch> llama_kv_cache_lukv::split(llama_batch_allocr & balloc, uint32_t n_ubatch) const {
     const llama_batch & batch = balloc.get_batch();
 
-    std::map<llama_seq_id, uint32_t> n_left; // tokens of each sequence
+    const auto parts = parts_of(batch);
+
+    // -1 for an empty sequence
+    const auto find = [&](llama_seq_id id) { return seqs.count(get_source(id)) > 0 ? get_source(id) : -1; };
+
+    std::map<int32_t, uint32_t> n_left; // tokens of each part
 
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        if (batch.n_seq_id[i] != 1) {
-            LLAMA_LOG_ERROR("%s: LU-KV does not take tokens of several sequences, copy the sequence instead (llama_memory_seq_cp)\n", __func__);
+        const llama_seq_id id   = batch.seq_id[i][0];
+        const int32_t      part = parts.at(id);
+
+        bool same = batch.n_seq_id[i] == batch.n_seq_id[part];
+        for (int32_t s = 1; s < batch.n_seq_id[i]; ++s) {
+            same = same && parts.at(batch.seq_id[i][s]) == part && find(batch.seq_id[i][s]) == find(id);
+        }
+        if (!same) {
+            LLAMA_LOG_ERROR("%s: LU-KV takes tokens of several sequences only if these have all their tokens in common so far and in the batch, "
+                    "else copy the sequence (llama_memory_seq_cp)\n", __func__);
             return {};
         }
-        n_left[batch.seq_id[i][0]]++;
+        // as stock
+        if (batch.n_seq_id[i] > 1 && !cparams.kv_unified) {
+            LLAMA_LOG_ERROR("%s: tokens of several sequences need a unified KV cache (--kv-unified)\n", __func__);
+            return {};
+        }
+        n_left[part]++;
     }
 
-    uint32_t n_live = seqs.size();
-    for (const auto & [id, _] : n_left) {
-        n_live += seqs.count(id) == 0;
+    uint32_t n_live = seqs.size() + twins.size();
+    for (const auto & [id, _] : parts) {
+        n_live += find(id) < 0;
     }
     if (n_live > n_seq_max) {
         LLAMA_LOG_WARN("%s: %u sequences do not fit into a cache for %u\n", __func__, n_live, n_seq_max);
         return {};
     }
 
-    // this policy never evicts on its own, so it can be full
-    const bool prefill = params.policy == LLAMA_LUKV_POLICY_PREFILL;
-    if (prefill) {
-        uint32_t n_tokens = batch.n_tokens;
-        for (const auto & [_, seq] : seqs) {
-            n_tokens += seq.n_tokens();
-        }
-        if (n_tokens > kv_size) {
-            return {};
-        }
+    if (!has_room(parts, batch.n_tokens)) {
+        return {};
     }
 
     // several sequences at once are for the op that knows them: all of the batch, or tokens that are generated beside a prompt
-    const uint32_t n_equal = prefill ? 0 : n_tokens_ragged();
+    const uint32_t n_equal = params.policy == LLAMA_LUKV_POLICY_PREFILL ? 0 : n_tokens_ragged();
 
     n_ubatch = std::min(n_ubatch, n_recent_max);
 
@@ -417,7 +427,7 @@ std::vector<llama_ubatch> llama_kv_cache_lukv::split(llama_batch_allocr & balloc
         }
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            const auto it = n_left.find(ubatch.seq_id[i][0]);
+            const auto it = n_left.find(parts.at(ubatch.seq_id[i][0]));
             if (--it->second == 0) {
                 n_left.erase(it);
             }
@@ -467,6 +477,7 @@ uint32_t llama_kv_cache_lukv::n_nodes_extra() const {
 
 void llama_kv_cache_lukv::clear(bool data) {
     seqs.clear();
+    twins.clear();
     version++;
 
     if (data) {
@@ -507,6 +518,26 @@ bool llama_kv_cache_lukv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
+    // all of a twin: the cells are those of the others from now on. a part of it: a copy
+    const llama_seq_id source = get_source(seq_id);
+    const auto twin = std::find_if(twins.begin(), twins.end(), [&](const auto & t) { return t.second == source; });
+    if (twin != twins.end()) {
+        const kv_seq & seq = seqs.at(source);
+
+        if (p0 >= p1 || p0 > seq.pos_max || p1 <= seq.pos_min) {
+            return true;
+        }
+        if (p0 <= seq.pos_min && p1 > seq.pos_max) {
+            if (twins.erase(seq_id) == 0) {
+                hand_over(seq_id, twin->first);
+            }
+            return true;
+        }
+        if (!separate({ { seq_id, 0 } })) {
+            return false;
+        }
+    }
+
     for (auto it = seqs.begin(); it != seqs.end(); ) {
         auto & [id, seq] = *it;
 
@@ -522,80 +553,100 @@ bool llama_kv_cache_lukv::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1
         }
         ++it;
     }
+    for (auto it = twins.begin(); it != twins.end(); ) {
+        it = seqs.count(it->second) > 0 ? std::next(it) : twins.erase(it);
+    }
 
     return true;
 }
 
 void llama_kv_cache_lukv::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    if (seq_id_src == seq_id_dst || seqs.count(seq_id_src) == 0) {
+    const llama_seq_id source = get_source(seq_id_src);
+
+    if (seq_id_src == seq_id_dst || seqs.count(source) == 0) {
         return;
     }
-    if (seqs.count(seq_id_dst) > 0) {
+    if (seqs.count(get_source(seq_id_dst)) > 0) {
         LLAMA_LOG_ERROR("%s: LU-KV copies a sequence only to an empty one, remove %d first\n", __func__, seq_id_dst);
         return;
     }
-    if (seqs.size() >= n_seq_max) {
+    if (seqs.size() + twins.size() >= n_seq_max) {
         LLAMA_LOG_ERROR("%s: %u sequences are in use already\n", __func__, n_seq_max);
         return;
     }
 
-    const kv_seq & src = seqs.at(seq_id_src);
+    const kv_seq & src = seqs.at(source);
 
     p0 = std::max(p0, src.pos_min);
     p1 = p1 < 0 ? src.pos_max + 1 : std::min(p1, src.pos_max + 1);
-    if (p0 >= p1) {
-        return;
+    if (p0 < p1) {
+        copy({ { seq_id_dst, source } }, p0, p1);
     }
+}
 
+bool llama_kv_cache_lukv::copy(const sources_t & sources, llama_pos p0, llama_pos p1) {
     const auto in_range = [&](llama_pos pos) { return pos >= p0 && pos < p1; };
 
     const auto copy_pos = [&](std::vector<llama_pos> & pos) {
         pos.erase(std::remove_if(pos.begin(), pos.end(), [&](llama_pos p) { return !in_range(p); }), pos.end());
     };
 
-    kv_seq dst = src;
-    dst.pos_min   = p0;
-    dst.pos_max   = p1 - 1;
-    dst.has_holes = false;
+    std::map<llama_seq_id, kv_seq> added;
+    for (const auto & [id, source] : sources) {
+        auto & dst = added[id] = seqs.at(source);
+        dst.pos_min   = std::max(dst.pos_min, p0);
+        dst.pos_max   = std::min(dst.pos_max, p1 - 1);
+        dst.has_holes = false;
 
-    copy_pos(dst.pos_recent);
-    for (auto & seg : dst.segs) {
-        copy_pos(seg.pos);
+        copy_pos(dst.pos_recent);
+        for (auto & seg : dst.segs) {
+            copy_pos(seg.pos);
+        }
     }
 
-    if (!add_seqs({ { seq_id_dst, std::move(dst) } }, false)) {
-        LLAMA_LOG_ERROR("%s: failed to copy the sequence %d\n", __func__, seq_id_src);
-        return;
+    if (!add_seqs(std::move(added), false)) {
+        LLAMA_LOG_ERROR("%s: failed to copy the sequence %d\n", __func__, sources.begin()->second);
+        return false;
     }
 
     row_copier copy_rows(*this);
 
-    queries->copy(src.queries, seqs.at(seq_id_dst).queries, p0, p1);
+    for (const auto & [id, source] : sources) {
+        const kv_seq & src = seqs.at(source);
+              kv_seq & dst = seqs.at(id);
 
-    const kv_seq & copy = seqs.at(seq_id_dst);
+        queries->copy(src.queries, dst.queries, dst.pos_min, dst.pos_max + 1);
 
-    for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
-        std::vector<llama_pos> cells = src.segs[i].pos;
-        cells.insert(cells.end(), src.pos_recent.begin(), src.pos_recent.end());
+        for_each_head([&](const kv_layer & layer, uint32_t, size_t i) {
+            std::vector<llama_pos> cells = src.segs[i].pos;
+            cells.insert(cells.end(), src.pos_recent.begin(), src.pos_recent.end());
 
-        // runs of cells to be copied
-        uint32_t dst_row = copy.segs[i].offs;
-        for (uint32_t first = 0, last = 0; first < cells.size(); first = last) {
-            const bool copied = in_range(cells[first]);
-            while (last < cells.size() && in_range(cells[last]) == copied) {
-                last++;
-            }
-            if (copied) {
-                for (ggml_tensor * t : layer.tensors()) {
-                    copy_rows(t, src.segs[i].offs + first, t, dst_row, last - first);
+            // runs of cells to be copied
+            uint32_t dst_row = dst.segs[i].offs;
+            for (uint32_t first = 0, last = 0; first < cells.size(); first = last) {
+                const bool copied = in_range(cells[first]);
+                while (last < cells.size() && in_range(cells[last]) == copied) {
+                    last++;
                 }
-                dst_row += last - first;
+                if (copied) {
+                    for (ggml_tensor * t : layer.tensors()) {
+                        copy_rows(t, src.segs[i].offs + first, t, dst_row, last - first);
+                    }
+                    dst_row += last - first;
+                }
             }
-        }
-    });
+        });
+    }
+
+    return true;
 }
 
 void llama_kv_cache_lukv::seq_keep(llama_seq_id seq_id) {
+    if (twins.count(seq_id) > 0) {
+        hand_over(twins.at(seq_id), seq_id);
+    }
+    twins.clear();
+
     for (auto it = seqs.begin(); it != seqs.end(); ) {
         it = it->first == seq_id ? std::next(it) : seqs.erase(it);
     }
@@ -603,6 +654,8 @@ void llama_kv_cache_lukv::seq_keep(llama_seq_id seq_id) {
 }
 
 void llama_kv_cache_lukv::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    seq_id = get_source(seq_id);
+
     for (const auto & [id, seq] : seqs) {
         if ((seq_id < 0 || id == seq_id) && shift != 0 && p0 <= seq.pos_max && p0 != p1) {
             LLAMA_LOG_ERROR("%s: LU-KV does not shift positions, see llama_memory_can_shift()\n", __func__);
@@ -618,12 +671,12 @@ void llama_kv_cache_lukv::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p
 }
 
 llama_pos llama_kv_cache_lukv::seq_pos_min(llama_seq_id seq_id) const {
-    const auto it = seqs.find(seq_id);
+    const auto it = seqs.find(get_source(seq_id));
     return it == seqs.end() ? -1 : it->second.pos_min;
 }
 
 llama_pos llama_kv_cache_lukv::seq_pos_max(llama_seq_id seq_id) const {
-    const auto it = seqs.find(seq_id);
+    const auto it = seqs.find(get_source(seq_id));
     return it == seqs.end() ? -1 : it->second.pos_max;
 }
 
@@ -661,15 +714,15 @@ uint32_t llama_kv_cache_lukv::get_n_used(int32_t il, uint32_t ih) const {
 }
 
 const llama_kv_cache_lukv::kv_segment & llama_kv_cache_lukv::get_seg(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
-    return seqs.at(seq_id).segs[map_layer_ids.at(il)*params.n_head_kv + ih];
+    return seqs.at(get_source(seq_id)).segs[map_layer_ids.at(il)*params.n_head_kv + ih];
 }
 
 uint32_t llama_kv_cache_lukv::get_n_owned(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
-    return seqs.count(seq_id) > 0 ? get_seg(seq_id, il, ih).n_owned : 0;
+    return seqs.count(get_source(seq_id)) > 0 ? get_seg(seq_id, il, ih).n_owned : 0;
 }
 
 uint32_t llama_kv_cache_lukv::get_n_used(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
-    const auto it = seqs.find(seq_id);
+    const auto it = seqs.find(get_source(seq_id));
     if (it == seqs.end()) {
         return 0;
     }
@@ -687,13 +740,13 @@ uint32_t llama_kv_cache_lukv::get_n_used(llama_seq_id seq_id, int32_t il, uint32
 }
 
 std::vector<llama_pos> llama_kv_cache_lukv::get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const {
-    if (seqs.count(seq_id) == 0) {
+    if (seqs.count(get_source(seq_id)) == 0) {
         return {};
     }
 
     std::vector<llama_pos> res = get_seg(seq_id, il, ih).pos;
 
-    const auto & pos_recent = seqs.at(seq_id).pos_recent;
+    const auto & pos_recent = seqs.at(get_source(seq_id)).pos_recent;
 
     res.insert(res.end(), pos_recent.begin(), pos_recent.end());
     res.erase(std::remove(res.begin(), res.end(), -1), res.end());
@@ -702,17 +755,131 @@ std::vector<llama_pos> llama_kv_cache_lukv::get_positions(llama_seq_id seq_id, i
     return res;
 }
 
+bool llama_kv_cache_lukv::is_evicted(llama_seq_id seq_id) const {
+    const auto it = seqs.find(get_source(seq_id));
+    return it != seqs.end() && it->second.prefill_done;
+}
+
 //
-// sharing of the cells
+// twins
 //
 
-llama_kv_cache_lukv::seq_ids_t llama_kv_cache_lukv::seq_ids_of(const llama_ubatch & ubatch) {
+llama_seq_id llama_kv_cache_lukv::get_source(llama_seq_id seq_id) const {
+    const auto it = twins.find(seq_id);
+    return it == twins.end() ? seq_id : it->second;
+}
+
+llama_kv_cache_lukv::seq_ids_t llama_kv_cache_lukv::seq_ids_of(const llama_ubatch & ubatch) const {
     seq_ids_t res;
     for (uint32_t i = 0; i < ubatch.n_tokens; i += ubatch.n_seq_tokens) {
-        res.push_back(ubatch.seq_id[i][0]);
+        // of empty sequences the first one gets the cells
+        res.push_back(get_source(*std::min_element(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i])));
     }
     return res;
 }
+
+template <typename T>
+llama_kv_cache_lukv::parts_t llama_kv_cache_lukv::parts_of(const T & batch) {
+    parts_t res;
+    for (int32_t i = 0; i < (int32_t) batch.n_tokens; ++i) {
+        for (int32_t s = 0; s < batch.n_seq_id[i]; ++s) {
+            res.emplace(batch.seq_id[i][s], i);
+        }
+    }
+    return res;
+}
+
+llama_kv_cache_lukv::sources_t llama_kv_cache_lukv::get_owners(const parts_t & parts) const {
+    const auto part_of = [&](llama_seq_id id) {
+        const auto it = parts.find(id);
+        return it == parts.end() ? -1 : it->second;
+    };
+
+    std::map<std::pair<llama_seq_id, int32_t>, llama_seq_id> owners; // of the cells of a source, for a part
+
+    sources_t res;
+    for (const auto & [id, source] : twins) {
+        owners.emplace(std::make_pair(source, part_of(source)), source);
+
+        res[id] = owners.emplace(std::make_pair(source, part_of(id)), id).first->second;
+    }
+    return res;
+}
+
+bool llama_kv_cache_lukv::has_room(const parts_t & parts, uint32_t n_tokens) const {
+    // the other policy evicts instead
+    if (params.policy != LLAMA_LUKV_POLICY_PREFILL) {
+        return true;
+    }
+
+    for (const auto & [_, seq] : seqs) {
+        n_tokens += seq.n_tokens();
+    }
+    for (const auto & [id, owner] : get_owners(parts)) {
+        n_tokens += owner == id ? seqs.at(twins.at(id)).n_tokens() : 0;
+    }
+    return n_tokens <= kv_size;
+}
+
+bool llama_kv_cache_lukv::separate(const parts_t & parts) {
+    sources_t copies;
+    sources_t twins_new;
+    for (const auto & [id, owner] : get_owners(parts)) {
+        if (owner == id) {
+            copies[id] = twins.at(id);
+        } else {
+            twins_new[id] = owner;
+        }
+    }
+    if (copies.empty()) {
+        return true;
+    }
+
+    if (!has_room(parts, 0)) {
+        LLAMA_LOG_ERROR("%s: a context of %u tokens has no room for a copy of the sequence %d\n", __func__, kv_size, copies.begin()->second);
+        return false;
+    }
+    if (!copy(copies, 0, std::numeric_limits<llama_pos>::max())) {
+        return false;
+    }
+    twins = std::move(twins_new);
+
+    return true;
+}
+
+bool llama_kv_cache_lukv::apply_batch(const std::vector<llama_ubatch> & ubatches) {
+    if (twins.empty()) {
+        return true;
+    }
+
+    parts_t  parts;
+    uint32_t n_tokens = 0;
+    for (const auto & ubatch : ubatches) {
+        for (const auto & [id, i] : parts_of(ubatch)) {
+            parts.emplace(id, n_tokens + i);
+        }
+        n_tokens += ubatch.n_tokens;
+    }
+    return separate(parts);
+}
+
+void llama_kv_cache_lukv::hand_over(llama_seq_id seq_id, llama_seq_id twin) {
+    auto node = seqs.extract(seq_id);
+    node.key() = twin;
+    seqs.insert(std::move(node));
+    version++;
+
+    twins.erase(twin);
+    for (auto & [_, source] : twins) {
+        if (source == seq_id) {
+            source = twin;
+        }
+    }
+}
+
+//
+// sharing of the cells
+//
 
 std::map<llama_seq_id, uint32_t> llama_kv_cache_lukv::get_quotas(const seq_ids_t & ids, uint32_t n) const {
     std::map<llama_seq_id, uint64_t> n_tokens;
@@ -1068,7 +1235,10 @@ bool llama_kv_cache_lukv_context::next() {
 
 bool llama_kv_cache_lukv_context::apply() {
     // no ubatches -> this is not a batch processing context
-    return ubatches.empty() || kv->apply_ubatch(ubatches[i_cur]);
+    if (ubatches.empty()) {
+        return true;
+    }
+    return (i_cur > 0 || kv->apply_batch(ubatches)) && kv->apply_ubatch(ubatches[i_cur]);
 }
 
 llama_memory_status llama_kv_cache_lukv_context::get_status() const {
@@ -1080,5 +1250,5 @@ const llama_ubatch & llama_kv_cache_lukv_context::get_ubatch() const {
 }
 
 llama_seq_id llama_kv_cache_lukv_context::get_seq_id() const {
-    return ubatches.empty() ? -1 : ubatches[i_cur].seq_id[0][0];
+    return ubatches.empty() ? -1 : kv->get_source(ubatches[i_cur].seq_id[0][0]);
 }

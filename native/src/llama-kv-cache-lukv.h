@@ -46,6 +46,9 @@ struct llama_context;
 // and its heads own what the budgets give them of the quota. As long as all sequences together are no longer than kv_size,
 // none keeps less than its budget. A sequence that is alone has everything.
 //
+// Tokens that belong to several sequences at once are read for one of them. The others are its twins, without cells of their
+// own, until their tokens differ: then the cells are copied.
+//
 class llama_kv_cache_lukv : public llama_memory_i {
 public:
     llama_kv_cache_lukv(
@@ -124,7 +127,10 @@ public:
     std::vector<llama_pos> get_positions(llama_seq_id seq_id, int32_t il, uint32_t ih) const;
 
     // policy prefill: true if the prompt has been evicted
-    bool is_evicted(llama_seq_id seq_id) const { return seqs.count(seq_id) > 0 && seqs.at(seq_id).prefill_done; }
+    bool is_evicted(llama_seq_id seq_id) const;
+
+    // the sequence whose cells it has: itself, or the one that it is a twin of
+    llama_seq_id get_source(llama_seq_id seq_id) const;
 
     // bring every head of every sequence down to its budget. nothing changes if it fails
     bool commit(llama_context * lctx);
@@ -137,9 +143,12 @@ public:
     bool begin_repetition(llama_context * lctx, llama_seq_id seq_id);
     void end_repetition  (llama_seq_id seq_id, bool recorded);
 
-    // ubatches that this cache can take: tokens of one sequence, or as many of several ones.
+    // ubatches that this cache can take: tokens of one sequence, or as many of several ones. twins count as one.
     // empty if the batch does not fit
     std::vector<llama_ubatch> split(llama_batch_allocr & balloc, uint32_t n_ubatch) const;
+
+    // sequences whose tokens differ in the batch get cells of their own. comes before its first ubatch
+    bool apply_batch(const std::vector<llama_ubatch> & ubatches);
 
     // make room for the ubatch and account for its tokens as recent
     bool apply_ubatch(const llama_ubatch & ubatch);
@@ -283,6 +292,8 @@ private:
 
     using seq_ids_t = std::vector<llama_seq_id>;
     using n_cells_t = std::map<llama_seq_id, std::vector<uint32_t>>; // per head
+    using parts_t   = std::map<llama_seq_id, int32_t>;               // sequences that go on together have the same number
+    using sources_t = std::map<llama_seq_id, llama_seq_id>;
 
     struct kv_storage {
         std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
@@ -346,6 +357,8 @@ private:
 
     std::map<llama_seq_id, kv_seq> seqs; // those that hold tokens
 
+    sources_t twins; // and those that have the same tokens as one of seqs, and its cells
+
     // the segments have other sizes than the quotas give them: put right with the next ubatch
     bool is_provisional = false;
 
@@ -371,7 +384,25 @@ private:
     layer_ops get_ops(int32_t il) const;
 
     // the sequences of a ubatch, each has as many tokens
-    static seq_ids_t seq_ids_of(const llama_ubatch & ubatch);
+    seq_ids_t seq_ids_of(const llama_ubatch & ubatch) const;
+
+    // of a batch or a ubatch
+    template <typename T> static parts_t parts_of(const T & batch);
+
+    // whose cells each of the twins has if the parts go their own ways: itself if it needs a copy
+    sources_t get_owners(const parts_t & parts) const;
+
+    // policy prefill: true if the tokens fit with n_tokens more, once the parts have cells of their own
+    bool has_room(const parts_t & parts, uint32_t n_tokens) const;
+
+    // twins in different parts have cells of their own from now on. nothing changes if it fails
+    bool separate(const parts_t & parts);
+
+    // the cells become those of a twin, and the sequence is empty
+    void hand_over(llama_seq_id seq_id, llama_seq_id twin);
+
+    // sources - of the copies, which are empty
+    bool copy(const sources_t & sources, llama_pos p0, llama_pos p1);
 
     // calls f(layer, head, index of the head)
     template <typename F> void for_each_head(const F & f) const;
