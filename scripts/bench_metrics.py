@@ -1,12 +1,14 @@
 """What scoring costs while a long prompt is read: the share of the time that commits take, for each metric.
 
     python scripts/bench_metrics.py MODEL.gguf [--tokens 8192] [--ratio 0.2] [--metric snapkv]
+    python scripts/bench_metrics.py MODEL.gguf --tokens 2048 --generate 256
 
 Uniform budgets, f16 K and V. "select" is the computation of the scores (with the norms behind W_O) and the selection, "move"
 that of the surviving cells. What a metric keeps of the queries, and the attention that the cells receive, are computed with the
-model: "collect" is what the prompt takes longer without its commits than with streamingllm, which keeps nothing, in processor
-time. Its share, like the others, is of the time with the metric. A trained metric gets
-weights by chance, which cost the same.
+model: "collect" is the time of those nodes of its graph, each computed alone. All shares are of the same run: two runs
+differ by more than this, as the machine's speed does. A trained metric gets weights by chance, which cost the same.
+
+With --generate it is the time of a token after such a prompt, commits included: the median, and the mean.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import click
 import llama_cpp
+import llama_cpp.llama_cpp as binding
 import numpy as np
 
 from lukv_gguf import metrics, runtime
@@ -43,6 +47,31 @@ def with_scorer(model: Path, metric: metrics.Metric, folder: str) -> Path:
     return path
 
 
+class Collecting:
+    """The time of the nodes between the cells' V and their attention, as ``llama_context_params.cb_eval``."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+        for function in (binding._lib.ggml_get_name, binding._lib.ggml_op_desc):
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+        self.params = llama_cpp.llama_context_default_params()
+        self.params.cb_eval = binding.ggml_backend_sched_eval_callback(self._on_node)
+
+    def _on_node(self, tensor: int, ask: bool, _: object) -> bool:
+        if not ask:  # computed
+            self._since = self._since or time.perf_counter()
+            return True
+        op = binding._lib.ggml_op_desc(tensor)
+        if self._since is None:
+            return op == b"SET_ROWS" and binding._lib.ggml_get_name(tensor).startswith(b"cache_v_")
+        if not op.startswith(b"FLASH_ATTN"):
+            return True
+        self.seconds += time.perf_counter() - self._since
+        self._since = None
+        return False
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--metric", "names", multiple=True, metavar="NAME[:PARAM=VALUE]…",
@@ -51,7 +80,8 @@ def with_scorer(model: Path, metric: metrics.Metric, folder: str) -> Path:
 @click.option("--ratio", default=0.2, show_default=True)
 @click.option("--ubatch", "n_ubatch", default=512, show_default=True)
 @click.option("--threads", "n_threads", default=2, show_default=True)
-def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: int, n_threads: int) -> None:
+@click.option("--generate", "n_generate", default=0, help="Tokens that are generated after the prompt.")
+def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: int, n_threads: int, n_generate: int) -> None:
     """Print one JSON object for each metric."""
     commits: list[tuple[float, float]] = []
 
@@ -65,45 +95,49 @@ def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: i
             return measure_file(with_scorer(model, metric, folder) if metric.trained else model, metric)
 
     def measure_file(path: Path, metric: metrics.Metric) -> dict[str, float]:
-        llama = llama_cpp.Llama(
-            model_path=str(path),
-            kv_overrides={
-                "lukv.ratio": ratio,
-                "lukv.metric": metric.name,
-                **{f"lukv.metric.{name}": value for name, value in metric.params.items()},
-            },
-            n_ctx=n_tokens,
-            n_batch=n_ubatch,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            flash_attn=True,
-            verbose=False,
-        )
+        collecting = Collecting()
+        params = llama_cpp.llama_context_default_params() if n_generate else collecting.params
+        with mock.patch.object(binding, "llama_context_default_params", lambda: params):
+            llama = llama_cpp.Llama(
+                model_path=str(path),
+                kv_overrides={
+                    "lukv.ratio": ratio,
+                    "lukv.metric": metric.name,
+                    **{f"lukv.metric.{name}": value for name, value in metric.params.items()},
+                },
+                n_ctx=n_tokens,
+                n_batch=n_ubatch,
+                n_ubatch=n_ubatch,
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                flash_attn=True,
+                verbose=False,
+            )
         llama_cpp.llama_log_set(log, None)
         tokens = np.resize(llama.tokenize(load_default()[0].encode()), n_tokens - 1).tolist()
         llama.eval(tokens[:n_ubatch])  # not timed: pages and caches
         llama.reset()
         llama._ctx.kv_cache_clear()
         commits.clear()
-        started, started_cpu = time.perf_counter(), time.process_time()
-        llama.eval(tokens)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
-        select, move = (sum(times) / 1000.0 for times in zip(*commits))
-        size = runtime.usage(llama).bytes
+        collecting.seconds = 0.0
+        prompt = tokens[: len(tokens) - n_generate]
+        clock = [time.perf_counter()]
+        for part in [prompt, *([token] for token in tokens[len(prompt) :])]:
+            llama.eval(part)
+            clock.append(time.perf_counter())
+        seconds, *generating = np.diff(clock).tolist()
+        size = runtime.usage(llama).bytes / 2**20
         llama.close()
-        return {"seconds": seconds, "cpu": cpu, "commits": len(commits), "select": select, "move": move, "MiB": size / 2**20}
+        if n_generate:
+            return {"median ms": 1e3 * np.median(generating), "mean ms": 1e3 * np.mean(generating), "MiB": size}
+        select, move = (sum(times) / 1000.0 for times in zip(*commits))
+        times = {"select": select, "move": move, "collect": collecting.seconds}
+        shares = {f"{name} share": times[name] / seconds for name in ("select", "collect")}
+        return {"seconds": seconds, "commits": len(commits), **times, "MiB": size, **shares}
 
-    def prompt(found: dict[str, float]) -> float:
-        return found["cpu"] * (1 - (found["select"] + found["move"]) / found["seconds"])
-
-    plain = prompt(measure(metrics.get("streamingllm")))
     known = map(metrics.get, metrics.names())
     for text in names or [metric.name for metric in known if metric.native and "capacity" in metric.policies]:
-        found = measure(metrics.parse(text))
-        collect = prompt(found) - plain
-        shares = {"select share": found["select"] / found["seconds"], "collect share": collect / found["cpu"]}
-        rounded = {key: round(value, 4) for key, value in {**found, "collect": collect, **shares}.items()}
+        rounded = {key: round(float(value), 4) for key, value in measure(metrics.parse(text)).items()}
         click.echo(json.dumps({"metric": text, "tokens": n_tokens - 1, "threads": n_threads, **rounded}))
 
 

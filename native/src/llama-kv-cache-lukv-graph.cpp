@@ -388,7 +388,7 @@ void llama_kv_cache_lukv::build_attn_sums(const llm_graph_context & gctx, const 
 
     const float soft_cap = model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f;
 
-    if (ops[map_layer_ids.at(il)].scores) {
+    if (has_scores_op(il)) {
         ggml_tensor * segs = view_segs(ctx, inp->on_device(gctx, inp->self_segs, il), il);
 
         ggml_build_forward_expand(gctx.gf, ggml_attn_sums_ragged(ctx, q_cur, get_k(il), segs, inp->self_n_hidden, sums, kq_scale, soft_cap));
@@ -448,7 +448,7 @@ ggml_tensor * build_attn_lukv(
     ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
 
     if (kv->get_queries().active()) {
-        kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il);
+        kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il, kv->has_scores_op(il));
     }
     if (kv->get_needs().attn_sums) {
         kv->build_attn_sums(gctx, inp, q_cur, kq_scale, il);

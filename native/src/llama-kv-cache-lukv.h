@@ -192,7 +192,10 @@ public:
     // true if the attention of a layer is computed by one op for all heads
     bool use_ragged(int32_t il, uint32_t n_tokens) const;
 
-    // tokens of a ubatch for which that is so for all layers, at most
+    // true if one op scores all heads of a layer, and keeps what that takes
+    bool has_scores_op(int32_t il) const { return ops[map_layer_ids.at(il)].scores; }
+
+    // tokens of a ubatch for which the attention is one op for all layers, at most
     uint32_t n_tokens_ragged() const;
 
     // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens, n_layer]
@@ -308,7 +311,7 @@ private:
         bool score  = false;
         bool select = false;
 
-        bool scores   = false; // those of any metric, accumulated attention and norms
+        bool scores   = false; // those of any metric, accumulated attention, norms, and statistics of queries
         bool out_prod = false; // of f32
 
         uint32_t n_tokens_attn = std::numeric_limits<uint32_t>::max(); // per ubatch, at most

@@ -6,6 +6,8 @@
 #include "llama-lukv-state.h"
 #include "llama-model.h"
 
+#include "ggml-ragged.h"
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -285,7 +287,7 @@ static ggml_tensor * find_plain(ggml_tensor * q, const ggml_tensor * rot, llama_
     return q;
 }
 
-void llama_lukv_queries::build_store(const llm_graph_context & gctx, const graph_inputs & inp, ggml_tensor * q_cur, ggml_tensor * rot, float scale, int32_t il) const {
+void llama_lukv_queries::build_store(const llm_graph_context & gctx, const graph_inputs & inp, ggml_tensor * q_cur, ggml_tensor * rot, float scale, int32_t il, bool fused) const {
     const auto & layer = layers.at(il);
 
     ggml_context * ctx = gctx.ctx0;
@@ -318,6 +320,15 @@ void llama_lukv_queries::build_store(const llm_graph_context & gctx, const graph
     }
 
     ggml_tensor * rows  = as_rows(plain);
+    ggml_tensor * slots = ggml_reshape_1d(ctx, inp.slots, n_seqs);
+
+    if (fused) {
+        rows = ggml_reshape_3d(ctx, rows, n_embd, n_head, n*n_seqs);
+
+        ggml_build_forward_expand(gctx.gf, ggml_query_sums_ragged(ctx, rows, inp.counted, slots, layer.sum, layer.outer));
+        return;
+    }
+
     ggml_tensor * sum   = nullptr;
     ggml_tensor * outer = nullptr;
 
@@ -338,8 +349,6 @@ void llama_lukv_queries::build_store(const llm_graph_context & gctx, const graph
             outer = outer ? ggml_concat(ctx, outer, cur, 1) : cur;
         }
     }
-
-    ggml_tensor * slots = ggml_reshape_1d(ctx, inp.slots, n_seqs);
 
     const auto accumulate = [&](ggml_tensor * dst, ggml_tensor * cur) {
         ggml_build_forward_expand(gctx.gf, ggml_set_rows(ctx, dst, ggml_add(ctx, ggml_get_rows(ctx, dst, slots), cur), slots));

@@ -110,7 +110,8 @@ public:
             const std::vector<llama_pos> & pos_min) const;
 
     // keep q_cur [n_embd_head, n_head, n_tokens]. rot - the matrix that it was multiplied with after RoPE, or nullptr
-    void build_store(const llm_graph_context & gctx, const graph_inputs & inp, ggml_tensor * q_cur, ggml_tensor * rot, float scale, int32_t il) const;
+    // fused - with one op for the sums
+    void build_store(const llm_graph_context & gctx, const graph_inputs & inp, ggml_tensor * q_cur, ggml_tensor * rot, float scale, int32_t il, bool fused) const;
 
     // rows - makes an input of indices
     // rotation - of the next positions, as the rows of a matrix [n_embd_head, n_embd_head]

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -374,6 +375,54 @@ static double run_attn_sums(ggml_backend_t backend, ggml_type type, int d, int n
         }
     }
     return nmse(res, ref);
+}
+
+// statistics of queries. n_seqs runs of n_tokens tokens each, of which every fifth is not counted
+static double run_query_sums(ggml_backend_t backend, int d, int n_head, int n_tokens, int n_seqs, bool is_outer) {
+    const int n_slots = n_seqs + 2;
+
+    const auto q     = random_floats(d*n_head*n_tokens*n_seqs);
+    const auto sum   = random_floats(d*n_head*n_slots);
+    const auto outer = random_floats(d*d*n_head*n_slots);
+
+    std::vector<float> counted;
+    for (int i = 0; i < n_tokens*n_seqs; ++i) {
+        counted.push_back(i % 5 != 1);
+    }
+    std::vector<int32_t> slots(n_slots);
+    std::iota(slots.begin(), slots.end(), 0);
+    std::shuffle(slots.begin(), slots.end(), rng);
+    slots.resize(n_seqs);
+
+    runner run(backend);
+    ggml_tensor * touter = is_outer ? run.input(GGML_TYPE_F32, { d*d*n_head, n_slots }, outer) : nullptr;
+    ggml_tensor * out    = ggml_query_sums_ragged(run.ctx.get(), run.input(GGML_TYPE_F32, { d, n_head, n_tokens*n_seqs }, q),
+            run.input(GGML_TYPE_F32, { n_tokens, n_seqs }, counted), run.input(GGML_TYPE_I32, { n_seqs }, slots),
+            run.input(GGML_TYPE_F32, { d*n_head, n_slots }, sum), touter);
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    auto res = run.compute_inplace(out);
+
+    std::vector<double> ref(sum.begin(), sum.end());
+    std::vector<double> ref_outer(outer.begin(), outer.end());
+    for (int t = 0; t < n_tokens*n_seqs; ++t) {
+        for (int i = 0; i < d*n_head && counted[t] != 0.0f; ++i) {
+            const int64_t row = int64_t(slots[t/n_tokens])*n_head*d + i;
+
+            ref[row] += q[t*n_head*d + i];
+            for (int j = 0; j < d; ++j) {
+                ref_outer[row*d + j] += double(q[t*n_head*d + i])*q[(t*n_head + i/d)*d + j];
+            }
+        }
+    }
+    if (!is_outer) {
+        return nmse(res, ref);
+    }
+    std::vector<float> res_outer(outer.size());
+    ggml_backend_tensor_get(touter, res_outer.data(), 0, ggml_nbytes(touter));
+
+    return std::max(nmse(res, ref), nmse(res_outer, ref_outer));
 }
 
 static double run_value_norms(ggml_backend_t backend, ggml_type type, ggml_type type_w, int d, int n_head_kv, int n_gqa, int n_embd, int n_max, int n_rot) {
@@ -804,6 +853,18 @@ static bool test(ggml_backend_t backend) {
                 for (bool given : { false, true }) {
                     check(std::string("KEYDIFF_RAGGED(") + ggml_type_name(type) + "," + std::to_string(d) + (given ? ",anchors)" : ")"),
                             run_keydiff(backend, type, d, 5, 3000, given), 1e-9);
+                }
+            }
+        }
+    }
+
+    for (int d : { 64, 80, 256 }) {
+        for (int n_tokens : { 1, 2, 200 }) {
+            for (int n_seqs : { 1, 3 }) {
+                for (bool is_outer : { false, true }) {
+                    char name[256];
+                    snprintf(name, sizeof(name), "SCORES_RAGGED(query_sums,d=%d,n_tokens=%d,n_seqs=%d,outer=%d)", d, n_tokens, n_seqs, is_outer);
+                    check(name, run_query_sums(backend, d, 3, n_tokens, n_seqs, is_outer), 1e-12);
                 }
             }
         }

@@ -52,10 +52,11 @@ extern "C" {
             struct ggml_tensor  * segs,
             int64_t               k_max);
 
-    // numbers of cells that scores are made of: one op of several kinds
+    // numbers that scores are made of: one op of several kinds
 
     enum ggml_scores_ragged {
         GGML_SCORES_RAGGED_ATTN_SUMS,
+        GGML_SCORES_RAGGED_QUERY_SUMS,
         GGML_SCORES_RAGGED_VALUE_NORMS,
         GGML_SCORES_RAGGED_NORM,
         GGML_SCORES_RAGGED_WINDOW,
@@ -81,6 +82,22 @@ extern "C" {
             struct ggml_tensor  * sums,
             float                 scale,
             float                 logit_softcap);
+
+    // statistics of queries: adds up the counted ones, and their outer products
+    //
+    // q:       [n_embd, n_head, n_tokens] F32, contiguous. the tokens are n_seqs runs of the same length
+    // counted: [n_tokens/n_seqs, n_seqs]  F32: 0 for queries that are left out
+    // slots:   [n_seqs]                   I32: the row that each sequence has in what follows
+    // sum:     [n_embd*n_head, n_slots]   F32
+    // outer:   [n_embd*n_embd*n_head, n_slots] F32, optional
+    // res:     a view of sum
+    GGML_API struct ggml_tensor * ggml_query_sums_ragged(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * q,
+            struct ggml_tensor  * counted,
+            struct ggml_tensor  * slots,
+            struct ggml_tensor  * sum,
+            struct ggml_tensor  * outer);
 
     // ||v W_O||_1 of cells, the mean over the query heads of the KV head
     //

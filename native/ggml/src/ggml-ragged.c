@@ -170,6 +170,47 @@ struct ggml_tensor * ggml_attn_sums_ragged(
     return result;
 }
 
+struct ggml_tensor * ggml_query_sums_ragged(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * counted,
+        struct ggml_tensor  * slots,
+        struct ggml_tensor  * sum,
+        struct ggml_tensor  * outer) {
+    GGML_ASSERT(q->type       == GGML_TYPE_F32);
+    GGML_ASSERT(counted->type == GGML_TYPE_F32);
+    GGML_ASSERT(slots->type   == GGML_TYPE_I32);
+    GGML_ASSERT(sum->type     == GGML_TYPE_F32);
+
+    GGML_ASSERT(q->ne[2] == ggml_nelements(counted));
+    GGML_ASSERT(q->ne[2] == ggml_nelements(slots)*counted->ne[0]);
+    GGML_ASSERT(q->ne[3] == 1);
+    GGML_ASSERT(sum->ne[0] == q->ne[0]*q->ne[1]);
+
+    GGML_ASSERT(ggml_is_contiguous(q));
+    GGML_ASSERT(ggml_is_contiguous(counted));
+    GGML_ASSERT(ggml_is_contiguous(slots));
+    GGML_ASSERT(ggml_is_contiguous(sum));
+
+    if (outer) {
+        GGML_ASSERT(outer->type  == GGML_TYPE_F32);
+        GGML_ASSERT(outer->ne[0] == q->ne[0]*sum->ne[0]);
+        GGML_ASSERT(ggml_is_contiguous(outer));
+    }
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, sum);
+
+    set_scores_params(result, GGML_SCORES_RAGGED_QUERY_SUMS, (const int32_t[5]) { 0 }, (const float[4]) { 0 });
+
+    result->src[0] = q;
+    result->src[1] = counted;
+    result->src[2] = slots;
+    result->src[3] = sum;
+    result->src[4] = outer;
+
+    return result;
+}
+
 struct ggml_tensor * ggml_value_norms_ragged(
         struct ggml_context * ctx,
         struct ggml_tensor  * v,

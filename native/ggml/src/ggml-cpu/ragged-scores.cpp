@@ -328,6 +328,79 @@ static void compute_attn_sums(const ggml_compute_params * params, ggml_tensor * 
 }
 
 //
+// statistics of queries
+//
+
+static work_sizes query_sums_sizes(const ggml_tensor * dst) {
+    const int64_t d = dst->src[0]->ne[0];
+
+    work_sizes res;
+    res.own(TILE*d);
+    res.own(TILE*d);
+    res.own(d);
+    res.own(d*d);
+    return res;
+}
+
+static void compute_query_sums(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * outer = dst->src[4];
+
+    const float   * counted = (const float   *) dst->src[1]->data;
+    const int32_t * slots   = (const int32_t *) dst->src[2]->data;
+
+    const int64_t d      = q->ne[0];
+    const int64_t n_head = q->ne[1];
+    const int     n      = dst->src[1]->ne[0]; // of a sequence
+    const int     n_seqs = dst->src[2]->ne[0];
+
+    auto own = get_work(params, query_sums_sizes(dst)).second;
+
+    float * Q  = own.take(TILE*d); // [TILE][d]
+    float * QT = own.take(TILE*d); // [d][TILE]
+    float * S  = own.take(d);
+    float * C  = own.take(d*d);    // [d][d]
+
+    // a thread has some rows of the outer products, and the numbers of the sums that go with them
+    for_each_share(n_seqs*n_head, params->ith, params->nth, [&](int) { return d; }, [&](int i, int first, int last) {
+        const int n_rows = last - first;
+        if (n_rows == 0) {
+            return;
+        }
+
+        const int64_t s = i/n_head;
+        const int64_t h = i%n_head;
+
+        // these tokens by themselves: next to a long sum each alone would lose more
+        std::fill_n(S, n_rows,   0.0f);
+        std::fill_n(C, n_rows*d, 0.0f);
+
+        for (int t0 = 0; t0 < n; t0 += TILE) {
+            int m = 0;
+            for (int64_t t = s*n + t0; t < s*n + std::min(t0 + TILE, n); ++t) {
+                if (counted[t] != 0.0f) {
+                    memcpy(Q + m++*d, (const float *) q->data + (t*n_head + h)*d, d*sizeof(float));
+                }
+            }
+            for (int r = 0; r < m; ++r) {
+                ggml_vec_acc_f32(n_rows, S, Q + r*d + first);
+            }
+            if (outer) {
+                transpose(m, d, Q, 1.0f, QT, m);
+                simd_gemm(C, QT + first*m, Q, n_rows, m, d);
+            }
+        }
+
+        const int64_t row = (slots[s]*n_head + h)*d + first;
+
+        ggml_vec_acc_f32(n_rows, (float *) dst->data + row, S);
+        if (outer) {
+            ggml_vec_acc_f32(n_rows*d, (float *) outer->data + row*d, C);
+        }
+    });
+}
+
+//
 // norms of values
 //
 
@@ -1067,6 +1140,7 @@ static void compute_critical(const ggml_compute_params * params, ggml_tensor * d
 void ggml_compute_forward_scores_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
     switch (ggml_get_scores_ragged(dst)) {
         case GGML_SCORES_RAGGED_ATTN_SUMS:   compute_attn_sums  (params, dst); break;
+        case GGML_SCORES_RAGGED_QUERY_SUMS:  compute_query_sums (params, dst); break;
         case GGML_SCORES_RAGGED_VALUE_NORMS: compute_value_norms(params, dst); break;
         case GGML_SCORES_RAGGED_NORM:        compute_norm       (params, dst); break;
         case GGML_SCORES_RAGGED_WINDOW:      compute_window     (params, dst); break;
@@ -1080,6 +1154,7 @@ size_t ggml_scores_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
     work_sizes sizes;
     switch (ggml_get_scores_ragged(dst)) {
         case GGML_SCORES_RAGGED_ATTN_SUMS:   sizes = attn_sums(dst).sizes(n_tasks);        break;
+        case GGML_SCORES_RAGGED_QUERY_SUMS:  sizes = query_sums_sizes(dst);                break;
         case GGML_SCORES_RAGGED_VALUE_NORMS: sizes = value_norms_sizes(dst);               break;
         case GGML_SCORES_RAGGED_NORM:        sizes = norm_sizes    (scores(dst));          break;
         case GGML_SCORES_RAGGED_WINDOW:      sizes = window_sizes  (scores(dst), n_tasks); break;
