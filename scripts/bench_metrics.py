@@ -83,6 +83,8 @@ class Collecting:
 @click.option("--generate", "n_generate", default=0, help="Tokens that are generated after the prompt.")
 def main(model: Path, names: list[str], n_tokens: int, ratio: float, n_ubatch: int, n_threads: int, n_generate: int) -> None:
     """Print one JSON object for each metric."""
+    if not 0 <= n_generate < n_tokens - 1:
+        raise click.UsageError("--generate has to leave tokens of --tokens for the prompt")
     commits: list[tuple[float, float]] = []
 
     @llama_cpp.llama_log_callback
