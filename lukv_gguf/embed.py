@@ -101,16 +101,11 @@ def embed_model(
     """
     header = read_header(model)
     output = default_output(model) if output is None else Path(output)
-    if floor is None:
-        floor = defaults.FLOOR if allocation == "lukv" else 0.0
-    if blend is None:
-        blend = defaults.BLEND if allocation == "lukv" else 0.0
     if not 0.0 < ratio <= 1.0:
         raise LukvError(f"ratio must be in (0, 1], is {ratio}")
-    if not 0.0 <= floor <= 1.0:
-        raise LukvError(f"floor must be in [0, 1], is {floor}")
-    if not 0.0 <= blend <= 1.0:
-        raise LukvError(f"blend must be in [0, 1], is {blend}")
+    for name, share in (("floor", floor), ("blend", blend)):
+        if share is not None and not 0.0 <= share <= 1.0:
+            raise LukvError(f"{name} must be in [0, 1], is {share}")
     if policy not in metadata.POLICIES:
         raise LukvError(f"policy must be {' or '.join(metadata.POLICIES)}, is {policy!r}")
     _check_output(header, output, overwrite)
@@ -204,8 +199,8 @@ def build_metadata(
     *,
     ratio: float = defaults.RATIO,
     policy: str = defaults.POLICY,
-    floor: float = defaults.FLOOR,
-    blend: float = defaults.BLEND,
+    floor: float | None = None,
+    blend: float | None = None,
     allocation: str = defaults.ALLOCATION,
     scorer: Scorer | None = None,
 ) -> LukvMetadata:
@@ -221,6 +216,12 @@ def build_metadata(
             raise LukvError(f"the metric {profile.metric} needs a scorer: train one with lukv-gguf train-scorer")
         if profile.provenance.get("scorer", scorer.digest) != scorer.digest:
             raise LukvError(f"the profile of {profile.metric} was made with another scorer")
+    # a table that was embedded before has its floor and blend already
+    is_solved = allocation == "lukv" and "allocation" not in profile.provenance
+    if floor is None:
+        floor = defaults.FLOOR if is_solved else 0.0
+    if blend is None:
+        blend = defaults.BLEND if is_solved else 0.0
     return LukvMetadata(
         ratio=ratio,
         metric=profile.metric,

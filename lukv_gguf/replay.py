@@ -28,6 +28,11 @@ class Replay:
     end: int
 
 
+def longest(replays: Sequence[Replay]) -> int:
+    """Tokens that they need behind the context, one at a time."""
+    return max((len(replay.tokens) for replay in replays), default=0)
+
+
 def make_replays(
     tokenizer: Tokenizer, prefix: list[int], chunk: int, n_context_train: int | None = None, is_chat: bool = True
 ) -> list[Replay]:
@@ -60,8 +65,7 @@ def make_replays(
             request = tokenizer.encode("\n\nRepeat the text above, word for word, from here on: ")
             request += prefix[max(n_template, start - _OVERLAP) : start] + tokenizer.encode(after)
         replays.append(Replay(request + part, start, start + len(part)))
-    longest = max((len(replay.tokens) for replay in replays), default=0)
-    if n_context_train is not None and len(prefix) + longest > n_context_train:
+    if n_context_train is not None and len(prefix) + longest(replays) > n_context_train:
         raise LukvError(
             f"kvzip repeats {chunk} tokens behind a context of {len(prefix)}, more than the {n_context_train} that fit; "
             "take a shorter context (--n-context) or smaller parts (kvzip:chunk=…)"

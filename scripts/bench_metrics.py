@@ -43,7 +43,7 @@ def with_scorer(model: Path, metric: metrics.Metric, folder: str) -> Path:
     shapes = (16, len(FEATURES) + sum(sizes)), (16,), (16,), (len(FEATURES),)
     scorer = Scorer(*(random.standard_normal((*heads, *shape)) / 16 for shape in shapes), d_key=sizes[0], params=metric.params)
     path = Path(folder) / "scorer.gguf"
-    embed(model, path, build_metadata(blank_profile(metric, heads, {}), floor=0.0, blend=0.0, allocation="uniform", scorer=scorer))
+    embed(model, path, build_metadata(blank_profile(metric, heads, {}), allocation="uniform", scorer=scorer))
     return path
 
 

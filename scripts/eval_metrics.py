@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from lukv_gguf import defaults, metrics
+from lukv_gguf import metrics
 from lukv_gguf.embed import build_metadata
 from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate.needles import Method, ask, make_contexts
@@ -53,10 +53,9 @@ def main(model: Path, profile: Path, texts: list[str], scorer_path: Path | None,
             for i, (text, name) in enumerate((text, name) for text in texts for name in allocations):
                 metric = metrics.parse(text, scorer)
                 found = choose_profile(profile, metric.name).allocated(name)
-                floor, blend = (defaults.FLOOR, defaults.BLEND) if name == "lukv" else (0.0, 0.0)
                 found = replace(found, metric_params=metric.params)
                 weights = scorer if metric.trained else None
-                meta = build_metadata(found, ratio=ratio, policy=metric.policies[0], floor=floor, blend=blend, scorer=weights)
+                meta = build_metadata(found, ratio=ratio, policy=metric.policies[0], allocation=name, scorer=weights)
                 path = Path(folder) / f"{i}.gguf"
                 embed(model, path, meta)
                 methods += [

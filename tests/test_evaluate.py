@@ -122,6 +122,8 @@ class TestCommand:
         cells = {(one["method"], one["policy"]) for one in found}
         assert cells == {("full", ""), ("uniform", "prefill")}
         assert {"niah_single_2", "lm_kl"} <= {one["task"] for one in found}
+        parts = Tables(model, None, {"kvzip": "kvzip:chunk=300"}).table("uniform", "kvzip").metric_params["chunk"]
+        assert parts == 300
         assert_error(run(*options, "-o", tmp_path, "--policies", "capacity"), "kvzip", "prefill")
         assert_error(run(*options, "-o", tmp_path, "--query-aware"), "kvzip", "--query-aware")
 

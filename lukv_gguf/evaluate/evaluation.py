@@ -165,8 +165,8 @@ def write_json(path: Path, evaluation: Evaluation) -> None:
 def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> tuple[Tables, list[str]]:
     """The tables, and the metrics to run with; profiles the model where that is needed."""
     own = folder / PROFILE_NAME
-    tables = Tables(model, request.profile or (own if own.exists() else None))
-    given = {text.partition(":")[0]: text for text in request.metrics}  # parameters, NAME:PARAM=VALUE, are for profiling
+    given = {text.partition(":")[0]: text for text in request.metrics}  # NAME:PARAM=VALUE; a profile has its own
+    tables = Tables(model, request.profile or (own if own.exists() else None), given)
     metrics = list(given) or tables.metrics()
     methods = [method for method in request.methods if method != FULL]
     if REPEATING in metrics and "prefill" not in request.policies:
@@ -186,7 +186,7 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
             raise LukvError(
                 f"profiling needs the Python package {error.name}; install it, or give a profile with --profile"
             ) from None
-        tables = Tables(model, own)
+        tables = Tables(model, own, given)
     return tables, metrics
 
 

@@ -22,7 +22,7 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.evaluate.methods import Cell
 from lukv_gguf.evaluate.session import Model, Session, State
 from lukv_gguf.evaluate.tasks import novel
-from lukv_gguf.replay import Replay
+from lukv_gguf.replay import Replay, longest
 
 MEASURES = ("perplexity", "kl", "top1", "greedy")
 """Perplexity of the continuation; mean KL(full || cell) per token, in nats; share of tokens whose best prediction is
@@ -156,7 +156,7 @@ def measure(
     def compare(index: int, log_probs: npt.NDArray[np.float32]) -> None:
         found.add(index, log_probs, reference[index])
 
-    n_ctx = max(text.n_cells, *(text.n_context + len(replay.tokens) for replay in replays), 0)
+    n_ctx = max(text.n_cells, text.n_context + longest(replays))
     with model.session(n_ctx, cell.kv_type, not cell.is_full) as session:
         greedy, work = _read(session, text, cell.policy == "capacity", compare, end_tokens, replays)
     same = 0
@@ -164,8 +164,8 @@ def measure(
         if ours != theirs:
             break
         same += 1
-    longest = max(len(greedy), len(reference.greedy))
-    return found.values(same / longest if longest else 1.0, work)
+    n_longest = max(len(greedy), len(reference.greedy))
+    return found.values(same / n_longest if n_longest else 1.0, work)
 
 
 def perplexity(mean_nll: float) -> float:

@@ -110,10 +110,13 @@ class Tables:
         The GGUF file, with or without a table.
     profile
         A profile file; without it, only what the file's own table and the model's shape give.
+    given
+        Metrics to their names with parameters, where those are not the defaults: for budgets that need no profile.
     """
 
-    def __init__(self, model: Path, profile: Path | None) -> None:
+    def __init__(self, model: Path, profile: Path | None, given: Mapping[str, str] | None = None) -> None:
         self.model, self.profile = model, profile
+        self._given = given or {}
         self._embedded = metadata.read_metadata(model)
         self._shape = metadata.model_shape(read_header(model))
         self._profiles = load_profiles(profile) if profile is not None else {}
@@ -152,12 +155,11 @@ class Tables:
         profile = self._profile_for(method, metric)
         if method.allocation != "lukv":
             profile = profile.allocated(method.allocation)
-        is_solved = method.allocation == "lukv" and profile.provenance.get("allocation") is None
-        floor = method.floor if method.floor is not None else (defaults.FLOOR if is_solved else 0.0)
-        blend = method.blend if method.blend is not None else (defaults.BLEND if is_solved else 0.0)
         own = self._embedded
         scorer = own.scorer if own is not None and own.metric == metric else None
-        return build_metadata(profile, floor=floor, blend=blend, allocation=method.allocation, scorer=scorer)
+        return build_metadata(
+            profile, floor=method.floor, blend=method.blend, allocation=method.allocation, scorer=scorer
+        )
 
     def _profile_for(self, method: Method, metric: str) -> Profile:
         if method.profile is not None:
@@ -171,7 +173,7 @@ class Tables:
         if method.allocation in ("uniform", "pyramidkv"):
             from lukv_gguf import metrics  # torch: slow to import
 
-            return blank_profile(metrics.parse(metric), self._shape, {})
+            return blank_profile(metrics.parse(self._given.get(metric, metric)), self._shape, {})
         raise LukvError(
             f"{method.allocation} with {metric} needs a profile: lukv-gguf profile {self.model} --metric {metric}"
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from lukv_gguf.evaluate.session import Model, Options
 from lukv_gguf.reference.tokenizer import Tokenizer
-from lukv_gguf.replay import make_replays
+from lukv_gguf.replay import longest, make_replays
 
 _THINGS = "harbour lantern orchard violin glacier compass granary lighthouse carpenter falcon meadow cellar".split()
 _PLACES = "Aldmoor Brenwick Castello Dunmarra Elverum Farrow Glenholt Hartsea Ivarstad Juniper Kestrel Lowmere".split()
@@ -99,7 +99,7 @@ def ask(
             prefix = tokenizer.begin_tokens(before + context.text)
             suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in context.questions]
             replays = make_replays(tokenizer, prefix, method.chunk) if method.chunk else []
-            room = max(max(map(len, suffixes)) + n_answer, *(len(replay.tokens) for replay in replays), 0)
+            room = max(max(map(len, suffixes)) + n_answer, longest(replays))
             with model.session(len(prefix) + room) as session:
                 session.read(prefix)
                 session.repeat(replays)

@@ -16,7 +16,7 @@ from lukv_gguf.evaluate.store import Record, Store
 from lukv_gguf.evaluate.tasks import Prompt, Sample, tokenize
 from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metadata import PREFIX, LukvMetadata
-from lukv_gguf.replay import Replay, make_replays
+from lukv_gguf.replay import Replay, longest, make_replays
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, answers done, and answers in all."""
@@ -185,7 +185,7 @@ class _Run:
 
     def _ask(self, model: Model, cell: Cell, sample: Sample, prompt: Prompt) -> None:
         replays = self._replays(cell, prompt.prefix, sample.is_chat)
-        room = max(max(map(len, prompt.suffixes)) + sample.n_answer, *(len(replay.tokens) for replay in replays), 0)
+        room = max(max(map(len, prompt.suffixes)) + sample.n_answer, longest(replays))
         n_ctx = len(prompt.prefix) + room
         if self._plan.query_aware:
             for i, suffix in enumerate(prompt.suffixes):
@@ -214,19 +214,15 @@ class _Run:
         self, session: Session, cell: Cell, sample: Sample, prompt: Prompt, replays: Sequence[Replay]
     ) -> None:
         """Read it, or take it from a cell that has: before the eviction, all of policy ``prefill`` hold the same."""
-        if cell.policy != "prefill" or not self._can_share:
-            session.read(prompt.prefix)
-            session.repeat(replays)
-            return
         key = (cell.metric, cell.kv_type, sample.key)
-        if key in self._states:
+        if cell.policy == "prefill" and key in self._states:
             if session.load(self._states[key]):
                 return
             self._can_share = False  # a runtime that restores only what was saved with the same table
             self._states.clear()
         session.read(prompt.prefix)
         session.repeat(replays)
-        if self._can_share:
+        if cell.policy == "prefill" and self._can_share:
             self._states[key] = session.save()
 
     def _answer(self, session: Session, cell: Cell, sample: Sample, number: int) -> None:

@@ -234,7 +234,9 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     ggml_tensor * segs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2, params.n_head_kv);
     ggml_tensor * n_hidden = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
 
-    ggml_tensor * scores = ggml_keydiff_ragged(ctx.get(), k, segs, nullptr);
+    ggml_tensor * anchors = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, hparams.n_embd_head_k(il), params.n_head_kv);
+
+    ggml_tensor * scores = ggml_keydiff_ragged(ctx.get(), k, segs, anchors);
 
     layer_ops res;
     res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f));

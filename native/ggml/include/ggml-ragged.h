@@ -28,12 +28,12 @@ extern "C" {
             float                 scale,
             float                 logit_softcap);
 
-    // KeyDiff scores: -cos(k, mean of the normalised keys of the segment), or the same with a given vector instead of the mean
+    // KeyDiff scores: -<k/|k|, anchor>, where the anchors are sums of normalised keys. their length does not change the order
     // ref: https://arxiv.org/abs/2504.15364
     //
     // k:       [n_embd, n_rows]
     // segs:    [2, n_head_kv]      I32: first row and number of cells of each KV head
-    // anchors: [n_embd, n_head_kv] F32, optional: one for each segment. the scores are -<k/|k|, anchor>, whatever its length
+    // anchors: [n_embd, n_head_kv] F32: one for each segment
     // res:     [n_rows]            F32, rows outside the segments are left as they are
     GGML_API struct ggml_tensor * ggml_keydiff_ragged(
             struct ggml_context * ctx,

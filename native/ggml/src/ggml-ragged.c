@@ -65,12 +65,10 @@ struct ggml_tensor * ggml_keydiff_ragged(
     GGML_ASSERT(ggml_is_contiguous(k));
     GGML_ASSERT(ggml_is_contiguous(segs));
 
-    if (anchors) {
-        GGML_ASSERT(anchors->type == GGML_TYPE_F32);
-        GGML_ASSERT(anchors->ne[0] == k->ne[0] && anchors->ne[1] == segs->ne[1]);
-        GGML_ASSERT(ggml_is_matrix(anchors));
-        GGML_ASSERT(ggml_is_contiguous(anchors));
-    }
+    GGML_ASSERT(anchors->type == GGML_TYPE_F32);
+    GGML_ASSERT(anchors->ne[0] == k->ne[0] && anchors->ne[1] == segs->ne[1]);
+    GGML_ASSERT(ggml_is_matrix(anchors));
+    GGML_ASSERT(ggml_is_contiguous(anchors));
 
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, k->ne[1]);
 

@@ -184,91 +184,35 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
 //
 
 static int64_t keydiff_scratch_size(const ggml_tensor * dst) {
-    return GGML_PAD((TILE + 1)*dst->src[0]->ne[0] + TILE, PAD_F32);
+    return GGML_PAD(TILE*dst->src[0]->ne[0] + TILE, PAD_F32);
 }
 
 void ggml_compute_forward_keydiff_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * k     = dst->src[0];
-    const ggml_tensor * segs  = dst->src[1];
-    const ggml_tensor * given = dst->src[2];
+    const ggml_tensor * k       = dst->src[0];
+    const ggml_tensor * segs    = dst->src[1];
+    const ggml_tensor * anchors = dst->src[2];
 
-    const int64_t D      = k->ne[0];
-    const int     n_head = segs->ne[1];
+    const int64_t D = k->ne[0];
 
-    const int ith = params->ith;
-    const int nth = params->nth;
-
-    // scratch [nth], then the sums of normalised keys [nth][n_head][D]
-    float * work   = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
-    float * KT     = work + ith*keydiff_scratch_size(dst); // [TILE][D]
-    float * anchor = KT + TILE*D;                          // [D]
-    float * dots   = anchor + D;                           // [TILE]
-    float * sums   = work + nth*keydiff_scratch_size(dst);
+    float * work = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
+    float * KT   = work + params->ith*keydiff_scratch_size(dst); // [TILE][D]
+    float * dots = KT + TILE*D;                                  // [TILE]
 
     const int32_t * seg = (const int32_t *) segs->data;
 
-    const auto size = [&](int h) { return seg[2*h + 1]; };
-
-    // 1/|k|, which the second pass turns into the score: a thread has the same cells in both
-    const auto scores = [&](int h, int c) { return (float *) dst->data + seg[2*h] + c; };
-
-    const auto inverse_lengths = [&](int n, const float * K, float * res) {
-        for (int i = 0; i < n; ++i) {
-            float sqr;
-            ggml_vec_dot_f32(D, &sqr, 0, K + i*D, 0, K + i*D, 0, 1);
-            res[i] = sqr > 0.0f ? 1.0f/sqrtf(sqr) : 0.0f;
-        }
-    };
-
-    if (given) {
-        for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
-            for (int c = first; c < last; c += TILE) {
-                const int n = std::min(TILE, last - c);
-
-                const float * K = rows_f32(k, seg[2*h] + c, n, KT);
-                inverse_lengths(n, K, scores(h, c));
-                dot_rows(n, D, K, (const float *) given->data + h*D, -1.0f, dots);
-                ggml_vec_mul_f32(n, scores(h, c), scores(h, c), dots);
-            }
-        });
-        return;
-    }
-
-    for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
-        float * sum = sums + (int64_t(ith)*n_head + h)*D;
-        std::fill(sum, sum + D, 0.0f);
-
+    for_each_share(segs->ne[1], params->ith, params->nth, [&](int h) { return seg[2*h + 1]; }, [&](int h, int first, int last) {
         for (int c = first; c < last; c += TILE) {
             const int n = std::min(TILE, last - c);
 
             const float * K   = rows_f32(k, seg[2*h] + c, n, KT);
-            float       * inv = scores(h, c);
-            inverse_lengths(n, K, inv);
-            simd_gemm(sum, inv, K, 1, n, D);
-        }
-    });
+            float       * res = (float *) dst->data + seg[2*h] + c;
 
-    ggml_barrier(params->threadpool);
-
-    for_each_share(n_head, ith, nth, size, [&](int h, int first, int last) {
-        if (first == last) {
-            return;
-        }
-
-        std::fill(anchor, anchor + D, 0.0f);
-        for (int t = 0; t < nth; ++t) {
-            ggml_vec_acc_f32(D, anchor, sums + (int64_t(t)*n_head + h)*D);
-        }
-        float sqr;
-        ggml_vec_dot_f32(D, &sqr, 0, anchor, 0, anchor, 0, 1);
-        const float scale = sqr > 0.0f ? -1.0f/sqrtf(sqr) : 0.0f;
-
-        for (int c = first; c < last; c += TILE) {
-            const int n = std::min(TILE, last - c);
-
-            const float * K = rows_f32(k, seg[2*h] + c, n, KT);
-            dot_rows(n, D, K, anchor, scale, dots);
-            ggml_vec_mul_f32(n, scores(h, c), scores(h, c), dots);
+            dot_rows(n, D, K, (const float *) anchors->data + h*D, -1.0f, dots);
+            for (int i = 0; i < n; ++i) {
+                float sqr;
+                ggml_vec_dot_f32(D, &sqr, 0, K + i*D, 0, K + i*D, 0, 1);
+                res[i] = sqr > 0.0f ? dots[i]/sqrtf(sqr) : 0.0f;
+            }
         }
     });
 }
@@ -310,7 +254,7 @@ size_t ggml_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
             // scratch [n_tasks], then partial results [n_tasks][n_segments][n_queries]
             return sizeof(float)*(n_tasks*(scratch_size(dst) + n_segments(dst)*n_queries(dst)*partial_size(dst)) + PAD_F32);
         case GGML_OP_KEYDIFF_RAGGED:
-            return sizeof(float)*(n_tasks*(keydiff_scratch_size(dst) + dst->src[1]->ne[1]*dst->src[0]->ne[0]) + PAD_F32);
+            return sizeof(float)*(n_tasks*keydiff_scratch_size(dst) + PAD_F32);
         case GGML_OP_BOTTOM_K_RAGGED:
             return sizeof(uint64_t)*(n_tasks*ggml_nelements(dst->src[0]) + 1);
         case GGML_OP_SCORES_RAGGED:

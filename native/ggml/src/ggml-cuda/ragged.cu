@@ -1079,21 +1079,19 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 static constexpr int KEYDIFF_THREADS = 256;
 static constexpr int KEYDIFF_TILE    = 64;
 
-static constexpr int KEYDIFF_ANCHOR_THREADS = 1024;
-
 struct keydiff_args {
     const char    * k;
     const int32_t * segs;
 
-    float * part;   // [n_blocks + n_segs][D]: sums of normalised keys, nullptr if the anchors are given
-    float * anchor; // [n_segs][D]
+    const float * anchors; // [n_segs][D]
+
     float * scores; // [n_rows]
 
     int n_segs;
 };
 
 // calls f(segment, row, number of rows) for the parts of the segments that the block has
-template <bool backwards = false, typename F>
+template <typename F>
 static __device__ __forceinline__ void for_each_part(const seg_tiles & tiles, const F & f) {
     const tile_shares shares(tiles.n_all(), gridDim.x);
 
@@ -1105,8 +1103,7 @@ static __device__ __forceinline__ void for_each_part(const seg_tiles & tiles, co
 
     const int first = tiles.find(t_begin);
     const int last  = tiles.find(t_end - 1);
-    for (int i = first; i <= last; ++i) {
-        const int seg = backwards ? last + first - i : i;
+    for (int seg = first; seg <= last; ++seg) {
         const int lo  = max(t_begin - tiles.first[seg], 0);
         const int hi  = min(t_end   - tiles.first[seg], tiles.n_tiles(seg));
 
@@ -1151,159 +1148,29 @@ static __device__ __forceinline__ float load_row(const char * row, const int sub
 
 template <ggml_type type, int D>
 __launch_bounds__(KEYDIFF_THREADS)
-static __global__ void keydiff_sum(const keydiff_args args) {
-    constexpr int NJ = (D/8 + 7)/8;
-
-    __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
-    __shared__ float sums[KEYDIFF_THREADS/WARP_SIZE][D];
-
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
-
-    const int sub  = threadIdx.x % 8;
-    const int slot = threadIdx.x / 8;
-    const int warp = threadIdx.x / WARP_SIZE;
-
-    for_each_part(tiles, [&](const int seg, const int64_t row, const int n) {
-        float acc[NJ][8] = {};
-
-        // all threads of a warp take part in the sums
-        for (int i0 = 0; i0 < n; i0 += KEYDIFF_THREADS/8) {
-            const int i = i0 + slot;
-
-            float       k[NJ][8];
-            const float inv = load_row<type, D>(args.k + (row + min(i, n - 1))*row_bytes(type, D), sub, k) * (i < n ? 1.0f : 0.0f);
-#pragma unroll
-            for (int j = 0; j < NJ; ++j) {
-#pragma unroll
-                for (int c = 0; c < 8; ++c) {
-                    acc[j][c] += inv*k[j][c];
-                }
-            }
-        }
-
-#pragma unroll
-        for (int j = 0; j < NJ; ++j) {
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                float x = acc[j][c];
-                x += __shfl_xor_sync(0xFFFFFFFF, x,  8, WARP_SIZE);
-                x += __shfl_xor_sync(0xFFFFFFFF, x, 16, WARP_SIZE);
-                if (threadIdx.x % WARP_SIZE < 8 && 8*j + sub < D/8) {
-                    sums[warp][(8*j + sub)*8 + c] = x;
-                }
-            }
-        }
-        __syncthreads();
-
-        for (int d = threadIdx.x; d < D; d += KEYDIFF_THREADS) {
-            float x = 0.0f;
-#pragma unroll
-            for (int w = 0; w < KEYDIFF_THREADS/WARP_SIZE; ++w) {
-                x += sums[w][d];
-            }
-            args.part[(blockIdx.x + seg)*D + d] = x;
-        }
-        __syncthreads();
-    });
-}
-
-// one block for each segment
-template <int D>
-__launch_bounds__(KEYDIFF_ANCHOR_THREADS)
-static __global__ void keydiff_anchor(const keydiff_args args, const int n_blocks) {
-    constexpr int n_groups = KEYDIFF_ANCHOR_THREADS/D;
-
-    __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
-    __shared__ float sums[n_groups][D];
-    __shared__ float warp_sums[(D + WARP_SIZE - 1)/WARP_SIZE];
-
-    const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
-
-    const int seg = blockIdx.x;
-    const int t0  = tiles.first[seg];
-    const int t1  = tiles.first[seg + 1];
-
-    const tile_shares shares(tiles.n_all(), n_blocks);
-
-    const int d     = threadIdx.x % D;
-    const int group = threadIdx.x / D;
-
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    float x = 0.0f;
-    if (group < n_groups && t0 < t1) {
-        const int b1 = shares.block(t1 - 1);
-#pragma unroll 4
-        for (int b = shares.block(t0) + group; b <= b1; b += n_groups) {
-            x += shares.empty(b) ? 0.0f : args.part[(b + seg)*D + d];
-        }
-    }
-    if (group < n_groups) {
-        sums[group][d] = x;
-    }
-    __syncthreads();
-
-    const bool mine = threadIdx.x < D;
-
-    x = 0.0f;
-    if (mine) {
-#pragma unroll
-        for (int g = 0; g < n_groups; ++g) {
-            x += sums[g][d];
-        }
-    }
-    const float sum = sum_threads<WARP_SIZE>(x*x);
-    if (mine && threadIdx.x % WARP_SIZE == 0) {
-        warp_sums[threadIdx.x/WARP_SIZE] = sum;
-    }
-    __syncthreads();
-
-    if (mine) {
-        float sum_all = 0.0f;
-#pragma unroll
-        for (int w = 0; w < (D + WARP_SIZE - 1)/WARP_SIZE; ++w) {
-            sum_all += warp_sums[w];
-        }
-        args.anchor[seg*D + d] = sum_all > 0.0f ? x*rsqrtf(sum_all) : 0.0f;
-    }
-}
-
-template <ggml_type type, int D>
-__launch_bounds__(KEYDIFF_THREADS)
 static __global__ void keydiff_score(const keydiff_args args) {
     constexpr int NJ = (D/8 + 7)/8;
 
     __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
 
-    // with given anchors this is the first kernel: nothing has waited for the segments yet
-    if (!args.part) {
-        ggml_cuda_pdl_sync();
-    }
+    ggml_cuda_pdl_sync();
 
     const seg_tiles tiles(args.segs, args.n_segs, first_tiles, 1, KEYDIFF_TILE);
 
     const int sub  = threadIdx.x % 8;
     const int slot = threadIdx.x / 8;
 
-    if (args.part) {
-        ggml_cuda_pdl_sync();
-    }
-
-    // the cells that were read last are still in the cache
-    for_each_part<true>(tiles, [&](const int seg, const int64_t row, const int n) {
+    for_each_part(tiles, [&](const int seg, const int64_t row, const int n) {
         float anchor[NJ][8] = {};
 #pragma unroll
         for (int j = 0; j < NJ; ++j) {
             if (8*j + sub < D/8) {
-                load_chunk_f32<GGML_TYPE_F32>((const char *) (args.anchor + seg*D), 8*j + sub, anchor[j]);
+                load_chunk_f32<GGML_TYPE_F32>((const char *) (args.anchors + seg*D), 8*j + sub, anchor[j]);
             }
         }
 
-        for (int i0 = (n - 1)/(KEYDIFF_THREADS/8)*(KEYDIFF_THREADS/8); i0 >= 0; i0 -= KEYDIFF_THREADS/8) {
+        // all threads of a warp take part in the sums
+        for (int i0 = 0; i0 < n; i0 += KEYDIFF_THREADS/8) {
             const int i = i0 + slot;
 
             float       k[NJ][8];
@@ -1330,31 +1197,15 @@ template <ggml_type type, int D>
 static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     keydiff_args args = {};
 
-    args.k      = (const char *)    dst->src[0]->data;
-    args.segs   = (const int32_t *) dst->src[1]->data;
-    args.scores = (float *)         dst->data;
-    args.n_segs = dst->src[1]->ne[1];
+    args.k       = (const char *)    dst->src[0]->data;
+    args.segs    = (const int32_t *) dst->src[1]->data;
+    args.anchors = (const float *)   dst->src[2]->data;
+    args.scores  = (float *)         dst->data;
+    args.n_segs  = dst->src[1]->ne[1];
 
-    if (dst->src[2]) {
-        args.anchor = (float *) dst->src[2]->data;
+    const int n_blocks = n_blocks_resident((const void *) keydiff_score<type, D>, KEYDIFF_THREADS, 0);
 
-        const int n_blocks = n_blocks_resident((const void *) keydiff_score<type, D>, KEYDIFF_THREADS, 0);
-
-        ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks), KEYDIFF_THREADS, 0, ctx.stream() }, args);
-        return;
-    }
-
-    const int n_blocks = n_blocks_resident((const void *) keydiff_sum<type, D>, KEYDIFF_THREADS, 0);
-
-    ggml_cuda_pool_alloc<float> part  (ctx.pool(), (n_blocks + args.n_segs)*D);
-    ggml_cuda_pool_alloc<float> anchor(ctx.pool(), args.n_segs*D);
-
-    args.part   = part.get();
-    args.anchor = anchor.get();
-
-    ggml_cuda_kernel_launch(keydiff_sum<type, D>,   { dim3(n_blocks),    KEYDIFF_THREADS,        0, ctx.stream() }, args);
-    ggml_cuda_kernel_launch(keydiff_anchor<D>,      { dim3(args.n_segs), KEYDIFF_ANCHOR_THREADS, 0, ctx.stream() }, args, n_blocks);
-    ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks),    KEYDIFF_THREADS,        0, ctx.stream() }, args);
+    ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks), KEYDIFF_THREADS, 0, ctx.stream() }, args);
 }
 
 template <ggml_type type>
