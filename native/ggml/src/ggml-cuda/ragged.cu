@@ -117,9 +117,10 @@ static __host__ __device__ constexpr int row_bytes(const ggml_type type, const i
            type == GGML_TYPE_F32  ? d*4 : d*2;
 }
 
-// two bytes as a pair of f16, exact: 0x6400 + b is 1024 + b
+// the first or the last two bytes of a word as a pair of f16, exact: 0x6400 + b is 1024 + b
+template <int half_word = 0>
 static __device__ __forceinline__ half2 bytes_to_half2(const uint32_t b, const float offset) {
-    const uint32_t h = __byte_perm(b, 0x64646464, 0x4140);
+    const uint32_t h = __byte_perm(b, 0x64646464, half_word == 0 ? 0x4140 : 0x4342);
     return __hsub2(*(const half2 *) &h, __float2half2_rn(1024.0f + offset));
 }
 
@@ -253,6 +254,76 @@ struct fattn_ragged_config {
     }
 };
 
+// Few queries of quantised K and V: the integers become fragments without a tile of f16 in between. K and V are the matrices
+// of 16 rows (s^T = k q^T, o^T = v^T p^T), so that 8 queries fill a fragment. Every warp works on tiles of its own.
+//
+// The fragments are words of the rows as they lie in memory: which dimension is which k of a mma, or which row of o^T, is free.
+template <ggml_type type_, int D_, int NQ_, int WC_, int TILE_, int STAGES_>
+struct fattn_ragged_words_config {
+    static constexpr ggml_type type   = type_;
+    static constexpr int       D      = D_;
+    static constexpr int       NQ     = NQ_;     // times 8 queries
+    static constexpr int       WM     = 1;
+    static constexpr int       WC     = WC_;
+    static constexpr int       TILE   = TILE_;   // cells
+    static constexpr int       STAGES = STAGES_; // tiles in flight, the one that is computed included
+
+    static constexpr int N_THREADS = WC*WARP_SIZE;
+    static constexpr int ROWS      = NQ*8;
+
+    static constexpr bool quantized = true;
+
+    static constexpr int ROW_BYTES = row_bytes(type, D);
+    static constexpr int ROW_WORDS = ROW_BYTES/4;
+    static_assert(D % 64 == 0, "rows of whole words");
+
+    // from the 16 byte boundary before the first row on
+    static constexpr int STAGE_BYTES_KV = (TILE*ROW_BYTES + 16 + 15)/16*16;
+    static constexpr int STAGE_BYTES    = 2*STAGE_BYTES_KV;
+
+    static constexpr int GROUP_BYTES = STAGES*STAGE_BYTES;
+    static constexpr int MERGE_BYTES = WC*ROWS*(D + 2)*(int) sizeof(float);
+    static constexpr int SMEM_BYTES  = WC*GROUP_BYTES > MERGE_BYTES ? WC*GROUP_BYTES : MERGE_BYTES;
+
+    // two blocks of a row are 2*QW + 1 words: the scale of the first one is the first half of word 0, that of the second one
+    // is the second half of word QW
+    static constexpr int QW         = type == GGML_TYPE_Q8_0 ? QK8_0/4 : QK4_0/8;
+    static constexpr int PAIR_WORDS = 2*QW + 1;
+
+    // the i-th cell of the j-th eight of a tile. Lanes read 4 words (K) of each of an eight, or 8 words (V) of every second one of
+    // it: all in different banks with cells this far apart
+    static constexpr int STEP = 256/D;
+    static_assert(4*STEP*ROW_WORDS % 128 == 16, "bank conflicts");
+    static_assert(TILE % (8*STEP) == 0 && TILE % 16 == 0, "bad tile");
+
+    static __device__ __forceinline__ int cell(const int j, const int i) {
+        return j/STEP*8*STEP + i*STEP + j%STEP;
+    }
+
+    // The 32 integers of a block are 8 words of a byte each (q4_0: the low halves of the bytes are words 0 to 3, the high ones the
+    // others). The first block of a pair begins in the middle of a word of memory: its bytes move up by two, and the first two
+    // become the end of the last word.
+
+    // the first of the two elements that are half h of word j of block 0 or 1 of a pair
+    static __device__ __forceinline__ int element(const int block, const int j, const int h) {
+        const int i = 4*j + 2*(h + 1 - block);
+        return type == GGML_TYPE_Q8_0 ? i%32 : j/4*16 + i%16;
+    }
+
+    // word j as it is in memory. word_0: that of the pair
+    static __device__ __forceinline__ uint32_t load_word(const uint32_t * pair, const int block, const int j, const uint32_t word_0) {
+        const uint32_t w = pair[1 + block*QW + j%QW];
+        return block == 1 ? w : __byte_perm(w, word_0, j%QW == QW - 1 ? 0x7610 : 0x3210);
+    }
+
+    // the bytes of word j: the integers + OFFSET
+    static constexpr float OFFSET = type == GGML_TYPE_Q8_0 ? 128.0f : 8.0f;
+
+    static __device__ __forceinline__ uint32_t to_bytes(const uint32_t w, const int j) {
+        return type == GGML_TYPE_Q8_0 ? w ^ 0x80808080 : (w >> j/4*4) & 0x0F0F0F0F;
+    }
+};
+
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 #define RAGGED_AVAILABLE
 #endif
@@ -298,6 +369,12 @@ static __device__ __forceinline__ void mma_16x8x16(float c[4], const uint32_t a[
     }
 }
 
+static __device__ __forceinline__ uint32_t movmatrix_trans(const uint32_t x) {
+    uint32_t res;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(res) : "r"(x));
+    return res;
+}
+
 static __device__ __forceinline__ uint32_t pack_f16(const float x, const float y) {
     const half2 h = __floats2half2_rn(x, y);
     return *(const uint32_t *) &h;
@@ -334,8 +411,24 @@ static __device__ __forceinline__ void load_tile(
         const int    offset = (uintptr_t) src & 15;
         const int    size   = offset + n_valid*C::ROW_BYTES;
 
-        for (int i = 16*tid; i < size; i += 16*n_threads) {
-            cp_async_16(dst + i, src - offset + i, min(size - i, 16));
+        if (n_valid == C::TILE) {
+            const uint32_t dst_0 = dst + 16*tid;
+            src += 16*tid - offset;
+#pragma unroll
+            for (int i0 = 0; i0 < C::STAGE_BYTES_KV; i0 += 16*n_threads) {
+                if (i0 + 16*n_threads <= C::TILE*C::ROW_BYTES) {
+                    cp_async_16(dst_0 + i0, src + i0, 16);
+                } else if (i0 + 16*tid < size) {
+                    cp_async_16(dst_0 + i0, src + i0, min(size - i0 - 16*tid, 16));
+                }
+            }
+            return;
+        }
+
+        // zeros behind the last row. an address outside would be read from, even with nothing to be copied
+        for (int i = 16*tid; i < C::STAGE_BYTES_KV; i += 16*n_threads) {
+            const bool exists = i < size;
+            cp_async_16(dst + i, src - offset + (exists ? i : 0), exists ? min(size - i, 16) : 0);
         }
     } else {
         constexpr int n_chunks = C::TILE*C::NC;
@@ -369,7 +462,7 @@ static __device__ __forceinline__ void load_tile(
 
 template <typename C>
 static __device__ __forceinline__ void dequantize_tile(
-        char * dst, const char * src, const char * base, const int64_t row, const int n_valid, const int tid) {
+        char * dst, const char * src, const char * base, const int64_t row, const int tid) {
     constexpr int n_threads = C::WM*WARP_SIZE;
 
     src += (uintptr_t) (base + row*C::ROW_BYTES) & 15;
@@ -379,15 +472,47 @@ static __device__ __forceinline__ void dequantize_tile(
         const int r = i / C::NC;
         const int c = i % C::NC;
 
-        half2 res[4] = {};
-        if (r < n_valid) {
-            const half2 d = __half2half2(load_chunk_quantized<C::type>(src + r*C::ROW_BYTES, c, res));
+        half2       res[4];
+        const half2 d = __half2half2(load_chunk_quantized<C::type>(src + r*C::ROW_BYTES, c, res));
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                res[j] = __hmul2(d, res[j]);
-            }
+        for (int j = 0; j < 4; ++j) {
+            res[j] = __hmul2(d, res[j]);
         }
         *(uint4 *) (dst + C::chunk_offset(r, c)) = *(const uint4 *) res;
+    }
+}
+
+// the partial results of the WC warps of a block in one, for the first n_rows of ROWS queries.
+// before: sm_m [WC][ROWS], sm_l [WC][ROWS], sm_o [WC][ROWS][D] at smem, and a barrier
+template <int D, int ROWS, int WC>
+static __device__ __forceinline__ void merge_warps(const float * smem, const int n_rows, float * part_o, float2 * part_ml) {
+    const float * sm_m = smem;
+    const float * sm_l = sm_m + WC*ROWS;
+    const float * sm_o = sm_l + WC*ROWS;
+
+    for (int i = threadIdx.x; i < n_rows*D; i += WC*WARP_SIZE) {
+        const int r = i / D;
+
+        float m_all = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < WC; ++w) {
+            m_all = fmaxf(m_all, sm_m[w*ROWS + r]);
+        }
+        const float m_sub = m_all == -INFINITY ? 0.0f : m_all;
+
+        float o_all = 0.0f;
+        float l_all = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WC; ++w) {
+            const float weight = exp2f(sm_m[w*ROWS + r] - m_sub);
+            o_all += weight*sm_o[w*ROWS*D + i];
+            l_all += weight*sm_l[w*ROWS + r];
+        }
+
+        part_o[i] = o_all;
+        if (i % D == 0) {
+            part_ml[r] = make_float2(m_all, l_all);
+        }
     }
 }
 
@@ -526,10 +651,8 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
                 char * kv = stages + i%STAGES*C::STAGE_BYTES;
 
                 if constexpr (C::quantized) {
-                    const int n_valid = min(TILE, n_cells - cell);
-
-                    dequantize_tile<C>(tile_f16,                 kv,                     args.k, row0 + cell, n_valid, tid);
-                    dequantize_tile<C>(tile_f16 + C::TILE_BYTES, kv + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, tid);
+                    dequantize_tile<C>(tile_f16,                 kv,                     args.k, row0 + cell, tid);
+                    dequantize_tile<C>(tile_f16 + C::TILE_BYTES, kv + C::STAGE_BYTES_KV, args.v, row0 + cell, tid);
                     group_sync<C::WM>(wc);
                     kv = tile_f16;
                 }
@@ -714,33 +837,374 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
                 }
                 __syncthreads();
 
-                for (int i = threadIdx.x; i < n_rows*D; i += C::N_THREADS) {
-                    const int r = i / D;
-
-                    float m_all = -INFINITY;
-#pragma unroll
-                    for (int w = 0; w < C::WC; ++w) {
-                        m_all = fmaxf(m_all, sm_m[w*16 + r]);
-                    }
-                    const float m_sub = m_all == -INFINITY ? 0.0f : m_all;
-
-                    float o_all = 0.0f;
-                    float l_all = 0.0f;
-#pragma unroll
-                    for (int w = 0; w < C::WC; ++w) {
-                        const float weight = exp2f(sm_m[w*16 + r] - m_sub);
-                        o_all += weight*sm_o[w*16*D + i];
-                        l_all += weight*sm_l[w*16 + r];
-                    }
-
-                    part_o[i] = o_all;
-                    if (i % D == 0) {
-                        part_ml[r] = make_float2(m_all, l_all);
-                    }
-                }
+                merge_warps<D, 16, C::WC>((const float *) smem, n_rows, part_o, part_ml);
             }
             __syncthreads(); // before the next unit writes to the stages
         }
+    }
+#else
+    GGML_UNUSED(args);
+    NO_DEVICE_CODE;
+#endif // RAGGED_DEVICE_CODE
+}
+
+// the maximum that p is relative to may lag behind by this much (of base 2): p is far from the limits of f16 even so, and
+// after the first tiles there is next to nothing to rescale
+static constexpr float FATTN_MAX_LAG = 6.0f;
+
+template <typename C>
+__launch_bounds__(C::N_THREADS)
+static __global__ void fattn_ragged_words(const fattn_ragged_args args) {
+#ifdef RAGGED_DEVICE_CODE
+    constexpr int D      = C::D;
+    constexpr int NQ     = C::NQ;
+    constexpr int TILE   = C::TILE;
+    constexpr int STAGES = C::STAGES;
+
+    extern __shared__ __align__(128) char smem[];
+
+    __shared__ int first_tiles[RAGGED_MAX_SEGS + 1];
+
+    const int lane = threadIdx.x % WARP_SIZE;
+    const int warp = threadIdx.x / WARP_SIZE;
+
+    // the place of a thread in the fragments of a matrix
+    const int fr = lane / 4;
+    const int ft = lane % 4;
+    const int fc = 2*ft;
+
+    char * const   stages   = smem + warp*C::GROUP_BYTES;
+    const uint32_t stages_s = __cvta_generic_to_shared(stages);
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc(); // all blocks are resident: the next kernel can only start when there is room
+
+    const seg_tiles   tiles(args.segs, args.n_segs, first_tiles, 1, TILE);
+    const tile_shares shares(tiles.n_all(), gridDim.x);
+
+    const int t_begin = shares.first(blockIdx.x);
+    const int t_end   = shares.first(blockIdx.x + 1);
+    if (t_begin == t_end) {
+        return;
+    }
+
+    for (int seg = tiles.find(t_begin); seg < args.n_segs && tiles.first[seg] < t_end; ++seg) {
+        const int lo = max(t_begin - tiles.first[seg], 0);
+        const int hi = min(t_end   - tiles.first[seg], tiles.n_tiles(seg));
+        if (lo >= hi) {
+            continue;
+        }
+
+        const int64_t row0    = tiles.row(seg);
+        const int     n_cells = tiles.n_cells(seg);
+        const int     n_mine  = hi - lo > warp ? (hi - lo - warp + C::WC - 1)/C::WC : 0; // tiles of the warp
+
+        const auto load = [&](const int i) {
+            if (i < n_mine) {
+                const int      cell    = (lo + warp + i*C::WC)*TILE;
+                const int      n_valid = min(TILE, n_cells - cell);
+                const uint32_t dst     = stages_s + i%STAGES*C::STAGE_BYTES;
+
+                load_tile<C>(dst,                     args.k, row0 + cell, n_valid, lane);
+                load_tile<C>(dst + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, lane);
+            }
+            cp_async_commit();
+        };
+
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; ++i) {
+            load(i);
+        }
+
+        const float q_scale = args.logit_softcap == 0.0f ? args.scale*LOG2E : args.scale/args.logit_softcap;
+
+        uint32_t q_frag[NQ][D/16][2];
+#pragma unroll
+        for (int nq = 0; nq < NQ; ++nq) {
+            const int     r   = nq*8 + fr;
+            const float * row = (const float *) (args.q + args.token(seg, r)*args.nb_q2 + args.head(seg, r)*args.nb_q1);
+#pragma unroll
+            for (int ks = 0; ks < D/16; ++ks) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int    col = ks/2*32 + C::element(ks/2%2, ks%2*4 + ft, h);
+                    const float2 f   = r < args.n_rows ? *(const float2 *) (row + col) : make_float2(0.0f, 0.0f);
+
+                    q_frag[nq][ks][h] = pack_f16(q_scale*f.x, q_scale*f.y);
+                }
+            }
+        }
+
+        // the cells that the queries see, and those that all of them do
+        int n_seen[NQ][2];
+        int n_seen_all = n_cells;
+#pragma unroll
+        for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                n_seen[nq][j] = n_cells - args.n_hidden[args.token(seg, min(nq*8 + fc + j, args.n_rows - 1))];
+                n_seen_all    = min(n_seen_all, n_seen[nq][j]);
+            }
+        }
+        n_seen_all = __reduce_min_sync(0xFFFFFFFF, n_seen_all);
+
+        float o[NQ][D/32][2][4] = {}; // of a block of V: rows are bytes 0 and 1 of its words, then 2 and 3
+        float m[NQ][2];
+        float l[NQ][2] = {};
+#pragma unroll
+        for (int nq = 0; nq < NQ; ++nq) {
+            m[nq][0] = m[nq][1] = -INFINITY;
+        }
+
+        for (int i = 0; i < n_mine; ++i) {
+            cp_async_wait<STAGES - 2>();
+            __syncwarp();
+
+            load(i + STAGES - 1);
+
+            const int    cell = (lo + warp + i*C::WC)*TILE;
+            const char * kv   = stages + i%STAGES*C::STAGE_BYTES;
+
+            const int64_t row = row0 + cell;
+
+            const uint32_t * k = (const uint32_t *) (kv                     + ((uintptr_t) (args.k + row*C::ROW_BYTES) & 15));
+            const uint32_t * v = (const uint32_t *) (kv + C::STAGE_BYTES_KV + ((uintptr_t) (args.v + row*C::ROW_BYTES) & 15));
+
+            // s^T = k q^T
+            float s[TILE/16][NQ][4] = {};
+#pragma unroll
+            for (int mt = 0; mt < TILE/16; ++mt) {
+#pragma unroll
+                for (int pair = 0; pair < D/64; ++pair) {
+                    const uint32_t * words[2];
+                    uint32_t         word_0[2];
+                    half2            d[2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        words[r]  = k + C::cell(2*mt + r, fr)*C::ROW_WORDS + pair*C::PAIR_WORDS;
+                        word_0[r] = words[r][0];
+
+                        const uint32_t scales = __byte_perm(word_0[r], words[r][C::QW], 0x7610);
+                        d[r] = *(const half2 *) &scales;
+                    }
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float dot[NQ][4] = {}; // of a block: its scale is that of all products
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            half2 a[4];
+#pragma unroll
+                            for (int r = 0; r < 2; ++r) {
+                                const uint32_t b = C::to_bytes(C::load_word(words[r], e, 4*h + ft, word_0[r]), 4*h);
+
+                                a[r]     = bytes_to_half2<0>(b, C::OFFSET);
+                                a[r + 2] = bytes_to_half2<1>(b, C::OFFSET);
+                            }
+#pragma unroll
+                            for (int nq = 0; nq < NQ; ++nq) {
+                                const uint32_t * q = q_frag[nq][pair*4 + e*2 + h];
+                                mma_16x8x16<false>(dot[nq], (const uint32_t *) a, q[0], q[1]);
+                            }
+                        }
+#pragma unroll
+                        for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) {
+                                s[mt][nq][j] += (e == 0 ? __low2float(d[j/2]) : __high2float(d[j/2]))*dot[nq][j];
+                            }
+                        }
+                    }
+                }
+            }
+
+            if (args.logit_softcap != 0.0f) {
+#pragma unroll
+                for (int mt = 0; mt < TILE/16; ++mt) {
+#pragma unroll
+                    for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            s[mt][nq][j] = args.logit_softcap*LOG2E*tanhf(s[mt][nq][j]);
+                        }
+                    }
+                }
+            }
+
+            if (cell + TILE > n_seen_all) {
+#pragma unroll
+                for (int mt = 0; mt < TILE/16; ++mt) {
+#pragma unroll
+                    for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            if (cell + C::cell(2*mt + j/2, fr) >= n_seen[nq][j%2]) {
+                                s[mt][nq][j] = -INFINITY;
+                            }
+                        }
+                    }
+                }
+            }
+
+            float m_new[NQ][2];
+            bool  rescale = false;
+#pragma unroll
+            for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    m_new[nq][j] = m[nq][j];
+#pragma unroll
+                    for (int mt = 0; mt < TILE/16; ++mt) {
+                        m_new[nq][j] = fmaxf(m_new[nq][j], fmaxf(s[mt][nq][j], s[mt][nq][j + 2]));
+                    }
+                    rescale = rescale || m_new[nq][j] > m[nq][j] + FATTN_MAX_LAG;
+                }
+            }
+
+            if (__any_sync(0xFFFFFFFF, rescale)) {
+#pragma unroll
+                for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float x = m_new[nq][j];
+                        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x,  4));
+                        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x,  8));
+                        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 16));
+
+                        const float alpha = exp2f(m[nq][j] - (x == -INFINITY ? 0.0f : x));
+
+                        m[nq][j]  = x;
+                        l[nq][j] *= alpha;
+#pragma unroll
+                        for (int b = 0; b < D/32; ++b) {
+#pragma unroll
+                            for (int h = 0; h < 2; ++h) {
+                                o[nq][b][h][j]     *= alpha;
+                                o[nq][b][h][j + 2] *= alpha;
+                            }
+                        }
+                    }
+                }
+            }
+
+            // p = 2^(s - m)
+#pragma unroll
+            for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float m_sub = m[nq][j] == -INFINITY ? 0.0f : m[nq][j];
+#pragma unroll
+                    for (int mt = 0; mt < TILE/16; ++mt) {
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) {
+                            float & x = s[mt][nq][2*r + j];
+                            x = exp2f(x - m_sub);
+                            l[nq][j] += x;
+                        }
+                    }
+                }
+            }
+
+            // o^T += v^T p^T
+#pragma unroll
+            for (int mt = 0; mt < TILE/16; ++mt) {
+                uint32_t p_frag[NQ][2];
+#pragma unroll
+                for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        p_frag[nq][r] = movmatrix_trans(pack_f16(s[mt][nq][2*r + 0], s[mt][nq][2*r + 1]));
+                    }
+                }
+#pragma unroll
+                for (int pair = 0; pair < D/64; ++pair) {
+                    const uint32_t * words[4];
+                    uint32_t         word_0[4];
+                    uint32_t         word_qw[4];
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        words[r]   = v + C::cell(2*mt + r/2, fc + r%2)*C::ROW_WORDS + pair*C::PAIR_WORDS;
+                        word_0[r]  = words[r][0];
+                        word_qw[r] = words[r][C::QW];
+                    }
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        half2 a[2][4];
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) {
+                            // two cells
+                            const uint32_t x = C::load_word(words[2*r + 0], e, fr, word_0[2*r + 0]);
+                            const uint32_t y = C::load_word(words[2*r + 1], e, fr, word_0[2*r + 1]);
+
+                            const uint32_t scales = e == 0 ? __byte_perm(word_0 [2*r], word_0 [2*r + 1], 0x5410) :
+                                                             __byte_perm(word_qw[2*r], word_qw[2*r + 1], 0x7632);
+                            const half2 d = *(const half2 *) &scales;
+#pragma unroll
+                            for (int h = 0; h < 2; ++h) {
+                                // the same byte of both, then the next one
+                                const uint32_t b = C::to_bytes(__byte_perm(x, y, h == 0 ? 0x5140 : 0x7362), fr);
+
+                                a[h][2*r + 0] = __hmul2(d, bytes_to_half2<0>(b, C::OFFSET));
+                                a[h][2*r + 1] = __hmul2(d, bytes_to_half2<1>(b, C::OFFSET));
+                            }
+                        }
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                            for (int nq = 0; nq < NQ; ++nq) {
+                                mma_16x8x16<false>(o[nq][2*pair + e][h], (const uint32_t *) a[h], p_frag[nq][0], p_frag[nq][1]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+#pragma unroll
+        for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                l[nq][j] += __shfl_xor_sync(0xFFFFFFFF, l[nq][j],  4);
+                l[nq][j] += __shfl_xor_sync(0xFFFFFFFF, l[nq][j],  8);
+                l[nq][j] += __shfl_xor_sync(0xFFFFFFFF, l[nq][j], 16);
+            }
+        }
+
+        cp_async_wait<0>();
+        __syncthreads(); // the stages are free
+
+        float * sm_m = (float *) smem;
+        float * sm_l = sm_m + C::WC*C::ROWS;
+        float * sm_o = sm_l + C::WC*C::ROWS;
+
+#pragma unroll
+        for (int nq = 0; nq < NQ; ++nq) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int r = nq*8 + fc + j;
+                if (r >= args.n_rows) {
+                    continue;
+                }
+                const int i = warp*C::ROWS + r;
+                if (fr == 0) {
+                    sm_m[i] = m[nq][j];
+                    sm_l[i] = l[nq][j];
+                }
+#pragma unroll
+                for (int b = 0; b < D/32; ++b) {
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        *(float2 *) (sm_o + i*D + b*32 + C::element(b%2, fr, h)) = make_float2(o[nq][b][h][j], o[nq][b][h][j + 2]);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+
+        const int64_t slot = blockIdx.x + seg;
+
+        merge_warps<D, C::ROWS, C::WC>((const float *) smem, args.n_rows, args.part_o + slot*C::ROWS*D, args.part_ml + slot*C::ROWS);
+
+        __syncthreads(); // before the next unit writes to the stages
     }
 #else
     GGML_UNUSED(args);
@@ -950,11 +1414,11 @@ static int n_blocks_resident(const void * kernel, const int n_threads, const int
 }
 
 template <typename C>
-static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_ragged_args args) {
+static void launch_fattn_ragged(
+        void (* kernel)(fattn_ragged_args), ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_ragged_args args) {
     args.n_row_blocks = (args.n_rows + C::ROWS - 1)/C::ROWS;
 
-    const void * kernel   = (const void *) fattn_ragged<C>;
-    const int    n_blocks = n_blocks_resident(kernel, C::N_THREADS, C::SMEM_BYTES);
+    const int    n_blocks = n_blocks_resident((const void *) kernel, C::N_THREADS, C::SMEM_BYTES);
     const size_t n_parts  = size_t(n_blocks + args.n_segs*args.n_row_blocks)*C::ROWS;
 
     ggml_cuda_pool_alloc<float>  part_o (ctx.pool(), n_parts*C::D);
@@ -963,7 +1427,7 @@ static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * d
     args.part_o  = part_o.get();
     args.part_ml = part_ml.get();
 
-    ggml_cuda_kernel_launch(fattn_ragged<C>, { dim3(n_blocks), C::N_THREADS, C::SMEM_BYTES, ctx.stream() }, args);
+    ggml_cuda_kernel_launch(kernel, { dim3(n_blocks), C::N_THREADS, C::SMEM_BYTES, ctx.stream() }, args);
 
     float       * res   = (float *) dst->data;
     const float * sinks = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
@@ -984,19 +1448,48 @@ static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * d
     }
 }
 
+template <ggml_type type, int D, int NQ>
+static void launch_fattn_ragged_words(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_ragged_args & args) {
+    // two blocks for a multiprocessor of Hopper, one for those with 100 KiB
+    constexpr int WC   = D > 128 ? 3 : 6;
+    constexpr int TILE = D > 64 ? 16 : 32;
+
+    using C = fattn_ragged_words_config<type, D, NQ, WC, TILE, 3>;
+
+    launch_fattn_ragged<C>(fattn_ragged_words<C>, ctx, dst, args);
+}
+
 template <ggml_type type, int D>
 static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_ragged_args & args) {
-    if (args.n_rows <= 16) {
-        // 96 KiB of shared memory, which every device since Ampere has
-        constexpr int WC   = D > 128 ? 2 : 4;
-        constexpr int TILE = D > 64 ? 16 : 32;
+    constexpr bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 
-        launch_fattn_ragged<fattn_ragged_config<type, D, 1, WC, TILE, 3>>(ctx, dst, args);
+    if constexpr (quantized && D % 64 == 0) {
+        if (args.n_rows <= 8) {
+            launch_fattn_ragged_words<type, D, 1>(ctx, dst, args);
+            return;
+        }
+        if (args.n_rows <= 16) {
+            launch_fattn_ragged_words<type, D, 2>(ctx, dst, args);
+            return;
+        }
     } else {
-        constexpr int TILE = D > 128 ? 32 : 64;
+        if (args.n_rows <= 16) {
+            // 96 KiB of shared memory, which every device since Ampere has
+            constexpr int WC   = D > 128 ? 2 : 4;
+            constexpr int TILE = D > 64 ? 16 : 32;
 
-        launch_fattn_ragged<fattn_ragged_config<type, D, 8, 1, TILE, 2>>(ctx, dst, args);
+            using C = fattn_ragged_config<type, D, 1, WC, TILE, 3>;
+
+            launch_fattn_ragged<C>(fattn_ragged<C>, ctx, dst, args);
+            return;
+        }
     }
+
+    constexpr int TILE = D > 128 ? 32 : 64;
+
+    using C = fattn_ragged_config<type, D, 8, 1, TILE, 2>;
+
+    launch_fattn_ragged<C>(fattn_ragged<C>, ctx, dst, args);
 }
 
 template <ggml_type type>
