@@ -114,7 +114,9 @@ def _protocol_options(command: Any) -> Any:
                      show_default=True, help="Ratios to solve for."),
         click.option("--engine", type=click.Choice(["auto", "llama", "torch"]), default="auto", show_default=True,
                      help="Who answers the questions: the model in llama.cpp, or the torch reference with all weights in "
-                     "memory; auto takes torch for at most 10⁹ weights."),
+                     "memory; auto takes torch for at most 10⁹ weights, and on a CUDA device that they fit."),
+        click.option("--refine", type=click.IntRange(min=0), metavar="STEPS", show_default=f"{defaults.REFINE_STEPS} with the engine torch, else 0",
+                     help="Steps of gradient descent on the divergence from the full cache; needs the engine torch."),
         click.option("--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, mps."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -151,9 +153,9 @@ def _calibration_text(options: dict[str, Any]) -> tuple[str, list[str]]:
               help="Weights of the metric foresight (lukv-gguf train-scorer).")
 @click.option("--allocation", type=click.Choice(["lukv", "uniform", "pyramidkv", "adakv"]),
               default=defaults.ALLOCATION, show_default=True, help="How the budget is split over heads.")
-@click.option("--floor", type=float, show_default=f"{defaults.FLOOR} for lukv, else 0",
+@click.option("--floor", type=float, show_default=f"{defaults.REFINED_FLOOR} for refined lukv, {defaults.FLOOR} for lukv, else 0",
               help="Share of the ratio that no head falls below, 0 to 1.")
-@click.option("--blend", type=float, show_default=f"{defaults.BLEND} for lukv, else 0",
+@click.option("--blend", type=float, show_default=f"{defaults.BLEND} for lukv that is not refined, else 0",
               help="Share of uniform budgets mixed in, 0 to 1.")
 @_protocol_options
 @click.pass_context
@@ -196,6 +198,8 @@ def embed(ctx: click.Context, model: Path, output: Path | None, force: bool, **o
               help="Scores that rank a head's tokens, separated by commas; see `lukv-gguf metrics`.")
 @click.option("--scorer", "scorer_path", type=click.Path(path_type=Path), metavar="SCORER",
               help="Weights of the metric foresight (lukv-gguf train-scorer).")
+@click.option("--refine-ratio", type=float, default=defaults.RATIO, show_default=True,
+              help="Kept fraction at which the budgets are refined; those of other ratios follow.")
 @_protocol_options
 def profile(
     model: Path, output: Path | None, force: bool, metric: str, scorer_path: Path | None = None, **options: Any

@@ -11,9 +11,13 @@ ALLOCATION = "lukv"
 OBJECTIVE = "relative"
 """Importance divided by the norm of the residual stream (relative), or as in the paper (paper)."""
 FLOOR = 0.5
-"""Share of the ratio that no head falls below, in solved budgets."""
+"""Share of the ratio that no head falls below, in budgets that were solved and not refined."""
 BLEND = 0.15
-"""Share of uniform budgets mixed into the solved ones."""
+"""Share of uniform budgets mixed into them."""
+REFINED_FLOOR = 0.1
+"""Share of the ratio that no head falls below, in refined budgets."""
+REFINE_STEPS = 10
+"""Steps of gradient descent on the divergence from the full cache."""
 SINK = 4
 """Tokens at the start of a sequence that are never evicted."""
 RECENT = 16

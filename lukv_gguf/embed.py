@@ -80,8 +80,10 @@ def embed_model(
     metric : the intra-head metric, ``NAME`` or ``NAME:PARAM=VALUE:…``; by default that of the profile file, or
         `defaults.METRIC`.
     scorer_path : the scorer of a trained metric (``lukv-gguf train-scorer``), which goes into the file, too.
-    floor : share of the ratio that no head falls below, in [0, 1]; by default `defaults.FLOOR` for ``lukv`` and 0 for others.
-    blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` and 0 for others.
+    floor : share of the ratio that no head falls below, in [0, 1]; by default `defaults.REFINED_FLOOR` for ``lukv`` that
+        was refined, `defaults.FLOOR` for other ``lukv``, and 0 for other allocations.
+    blend : share of uniform budgets mixed in, in [0, 1]; by default `defaults.BLEND` for ``lukv`` that was not refined, and
+        0 otherwise.
     allocation : ``lukv``, ``uniform``, ``pyramidkv`` or ``adakv``. Only ``lukv`` and ``adakv`` need a profile.
     profile_path : a profile file, also of another quantisation of the model. Without it, the model is profiled.
     calibration_text : context and questions; by default those that ship with the package.
@@ -145,7 +147,7 @@ def embed_model(
             progress=progress,
             checkpoint=checkpoint,
             start_over=overwrite,
-            **protocol,
+            **{"refine_ratio": ratio, **protocol},
         )
     if allocation != "lukv":
         profile = profile.allocated(allocation)
@@ -218,10 +220,11 @@ def build_metadata(
             raise LukvError(f"the profile of {profile.metric} was made with another scorer")
     # a table that was embedded before has its floor and blend already
     is_solved = allocation == "lukv" and "allocation" not in profile.provenance
+    is_refined = is_solved and "refine_steps" in profile.provenance
     if floor is None:
-        floor = defaults.FLOOR if is_solved else 0.0
+        floor = defaults.REFINED_FLOOR if is_refined else defaults.FLOOR if is_solved else 0.0
     if blend is None:
-        blend = defaults.BLEND if is_solved else 0.0
+        blend = defaults.BLEND if is_solved and not is_refined else 0.0
     return LukvMetadata(
         ratio=ratio,
         metric=profile.metric,

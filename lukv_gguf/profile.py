@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from lukv_gguf.gguf_header import read_header
 from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
+from lukv_gguf.refine import N_PART, refine_budgets, shift_odds
 from lukv_gguf.replay import Replay, make_replays
 from lukv_gguf.scorer import Scorer
 
@@ -57,7 +59,12 @@ class Protocol:
     engine : str
         Who answers. ``llama``: the deployed model in llama.cpp, and the reference model, one layer in memory at a time,
         is then taken over the answers. ``torch``: the reference model, with all its weights in memory. ``auto``:
-        ``torch`` for a model of at most 10⁹ weights, where it is the faster one, else ``llama``.
+        ``torch`` for a model of at most 10⁹ weights, where it is the faster one, or that fits a CUDA device, else ``llama``.
+    refine : int, optional
+        Steps of `refine.refine_budgets`, which needs the engine ``torch``; 0 for none. By default `defaults.REFINE_STEPS`
+        with that engine, and none with the other.
+    refine_ratio : float
+        The kept fraction at which the budgets are refined; others follow by `refine.shift_odds`.
 
     Raises
     ------
@@ -74,12 +81,18 @@ class Protocol:
     objective: oracle.Objective = "relative"
     group: oracle.Group = "mean"
     engine: str = "auto"
+    refine: int | None = None
+    refine_ratio: float = defaults.RATIO
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 0:
             raise LukvError("sink and recent must be 0 or more")
         if min(self.n_context, self.max_new_tokens, self.n_ratio, self.n_query or 1) < 1:
             raise LukvError("n_context, n_query, max_new_tokens and n_ratio must be 1 or more")
+        if self.refine is not None and self.refine < 0:
+            raise LukvError("refine must be 0 or more")
+        if not 0.0 < self.refine_ratio <= 1.0:
+            raise LukvError(f"refine_ratio must be in (0, 1], is {self.refine_ratio:g}")
         if self.engine not in ENGINES:
             raise LukvError(f"unknown engine {self.engine!r}; known: {', '.join(ENGINES)}")
         oracle.check_choices(self.objective, self.group)
@@ -191,13 +204,17 @@ def profile_metrics(
     dtype = dtype or default_dtype(place)
 
     tell("load", 0, 1)
-    engine = _choose_engine(path, protocol.engine)
+    engine = _choose_engine(path, protocol.engine, place)
+    n_refine = defaults.REFINE_STEPS if protocol.refine is None and engine == "torch" else protocol.refine or 0
+    if n_refine and engine != "torch":
+        raise LukvError("refining the budgets needs all weights in memory: --engine torch, or --refine 0")
     model = ReferenceModel.load(path, dtype=dtype, device=place, stream=engine == "llama")
     with Tokenizer(path) as tokenizer:
         prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol)
         end_tokens = tokenizer.end_tokens
         chunk = max(metric.needs.chunk for metric in chosen_metrics)
         replays = make_replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
+        parts = make_replays(tokenizer, prefix, N_PART) if n_refine else []
     n_token = len(prefix)
     for metric in chosen_metrics:
         metric.check_model(model.config.n_layer, model.config.n_head_kv, model.config.d_key, model.config.d_value)
@@ -229,6 +246,10 @@ def profile_metrics(
         "decoded_tokens": str(sum(map(len, seen.answers))),
     }
     budgeted = ~np.array(model.config.windowed)
+    parts = [part for part in parts if n_token + len(part.tokens) <= (model.config.n_context_train or math.inf)]
+    n_refine = n_refine if parts else 0
+    if n_refine:
+        provenance |= {"refine_steps": str(n_refine), "refine_ratio": f"{protocol.refine_ratio:g}"}
     profiles = {}
     for i, metric in enumerate(chosen_metrics):
         ranking, scores = rank(seen.scores[metric.name], protocol.sink, protocol.recent)
@@ -239,13 +260,28 @@ def profile_metrics(
             lambda done, n, i=i: tell("solve", i * n + done, len(chosen_metrics) * n),
             budgeted,
         )
+        budget = solution.query_budget.mean(axis=0)
+        if n_refine:
+            at = int(np.abs(protocol.ratios - protocol.refine_ratio).argmin())
+            refined = refine_budgets(
+                model,
+                seen.cache,
+                parts,
+                ranking,
+                protocol.sink + protocol.recent,
+                budget[at],
+                n_refine,
+                budgeted=budgeted,
+                progress=lambda done, n, i=i: tell("refine", i * n + done, len(chosen_metrics) * n),
+            )
+            budget[:, budgeted] = shift_odds(budget[:, budgeted], protocol.ratios, at, refined.budget[budgeted])
         profiles[metric.name] = Profile(
             metric=metric.name,
             metric_params=dict(metric.params),
             sink=protocol.sink,
             recent=protocol.recent,
             ratios=protocol.ratios,
-            budget=solution.query_budget.mean(axis=0),
+            budget=budget,
             gap=solution.gap,
             provenance={**provenance, "scorer": metric.weights_digest} if metric.trained else provenance,
             budgeted=budgeted,
@@ -333,11 +369,12 @@ _IMPORTANCE = "importance"  # beside the names of metrics
 
 @dataclass
 class _Seen:
-    """Importance [Q, L, H, T], each metric's scores [L, H, T], and the answers."""
+    """Importance [Q, L, H, T], each metric's scores [L, H, T], the answers, and the cache where it was kept."""
 
     importance: npt.NDArray[np.float32]
     scores: dict[str, npt.NDArray[np.float32]]
     answers: list[list[int]]
+    cache: KVCache | None = None
 
 
 def _measure_in_memory(run: _Run) -> _Seen:
@@ -363,7 +400,7 @@ def _measure_in_memory(run: _Run) -> _Seen:
         repeated = reconstruct(run.model, cache, run.replays, protocol.sink)
         states = [replace(state, reconstruction=found) for state, found in zip(states, repeated)]
     layers = [run.scores(state) for state in states]
-    return _Seen(seen.importance, _stack_layers(layers), seen.answers)
+    return _Seen(seen.importance, _stack_layers(layers), seen.answers, cache)
 
 
 def _measure_by_layer(run: _Run, saved: Checkpoint | None) -> _Seen:
@@ -410,12 +447,14 @@ def _stack_layers(layers: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> di
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def _choose_engine(path: str | Path, engine: str) -> str:
+def _choose_engine(path: str | Path, engine: str, device: torch.device) -> str:
     if engine != "auto":
         return engine
     from lukv_gguf.reference.gguf_file import GGUFFile
 
-    return "torch" if GGUFFile(path).n_weight <= _TORCH_WEIGHTS else "llama"
+    n_weight = GGUFFile(path).n_weight
+    fits = device.type == "cuda" and 2 * default_dtype(device).itemsize * n_weight <= torch.cuda.mem_get_info(device)[0]
+    return "torch" if n_weight <= _TORCH_WEIGHTS or fits else "llama"
 
 
 def rank_positions(metric: Metric, cache: KVCache, sink: int, recent: int) -> IntArray:

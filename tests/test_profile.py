@@ -28,6 +28,7 @@ def make_profile(path: Path, **changes: Any) -> Profile:
         "questions": QUESTIONS,
         "n_context": 300,
         "max_new_tokens": 6,
+        "refine": 0,
         "dtype": torch.float32,
     }
     return profile_model(path, **{**arguments, **changes})

@@ -60,7 +60,7 @@ SCORER = random_scorer(4, 2, 16)
 
 
 def make(model: Path, names: tuple[str, ...] = ("keydiff", "last-queries"), **changes: Any) -> dict[str, Profile]:
-    protocol = {"n_context": 200, "max_new_tokens": 5, "engine": "llama"}
+    protocol = {"n_context": 200, "max_new_tokens": 5, "engine": "llama", "refine": 0}
     keywords = {key: changes.pop(key) for key in ("checkpoint", "start_over", "progress") if key in changes}
     return profile_metrics(
         model,
@@ -345,7 +345,7 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         meta, found = read_metadata(tmp_path / "m.gguf"), load_profiles(output)["last-queries"]
         assert (meta.metric, meta.metric_params) == ("last-queries", {"window": 5})
-        expected = apply_floor_and_blend(found.budget, found.ratios, defaults.FLOOR, defaults.BLEND)
+        expected = apply_floor_and_blend(found.budget, found.ratios, defaults.REFINED_FLOOR)
         np.testing.assert_allclose(meta.profile_budget, expected, atol=1e-5)
         assert len(meta.provenance["profile_sha256"]) == 64 and meta.provenance["questions"] == "2"
         shown = "".join(run("inspect", tmp_path / "m.gguf").stdout.split())  # long paths are folded

@@ -344,8 +344,7 @@ class ReferenceModel:
         return hidden | (ahead >= self.config.window) if layer.windowed else hidden
 
     def _cap(self, scores: Tensor) -> Tensor:
-        cap = self.config.attention_cap
-        return scores.div_(cap).tanh_().mul_(cap) if cap else scores
+        return _soft_cap(scores, self.config.attention_cap)
 
     # Queries that share a prefix
 
@@ -526,13 +525,13 @@ class ReferenceModel:
 
     @cached_property
     def _output(self) -> Tensor:
-        return self._weight("output.weight" if self._file.has_tensor("output.weight") else "token_embd.weight")
+        with torch.inference_mode(False):  # whoever asks first: autograd cannot use what inference mode makes
+            return self._weight("output.weight" if self._file.has_tensor("output.weight") else "token_embd.weight")
 
     def _to_logits(self, x: Tensor) -> Tensor:
         bias = self._file.tensor("output.bias").to(self.device) if self._file.has_tensor("output.bias") else None
         logits = self._linear(self._norm(x, self._output_norm), self._output, bias) * self.config.logit_scale
-        cap = self.config.logit_cap
-        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+        return _soft_cap(logits, self.config.logit_cap)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not len(tokens):
@@ -633,6 +632,13 @@ class _SuffixCache:
         """Keep only some queries."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
+
+
+def _soft_cap(x: Tensor, cap: float) -> Tensor:
+    """x, or cap * tanh(x / cap) if there is a cap; in place where no gradient is asked for."""
+    if not cap:
+        return x
+    return (x / cap).tanh() * cap if torch.is_grad_enabled() else x.div_(cap).tanh_().mul_(cap)
 
 
 def _slices(n: int, size: int) -> list[slice]:
