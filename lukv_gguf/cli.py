@@ -33,7 +33,7 @@ _COLOURS = ("grey50", "#46337f", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a
 _TERMINAL_COLUMNS = 80
 _LABEL_COLUMNS = 8
 _CELL_COLUMNS = 2
-_STAGE_NAMES = {"answer": "answering", "measure": "measuring layers", "write": "writing the model"}
+_STAGE_NAMES = {"answer": "answering", "refine": "refining", "measure": "measuring layers", "write": "writing the model"}
 
 
 class _OneLineError(click.ClickException):
@@ -115,7 +115,8 @@ def _protocol_options(command: Any) -> Any:
         click.option("--engine", type=click.Choice(["auto", "llama", "torch"]), default="auto", show_default=True,
                      help="Who answers the questions: the model in llama.cpp, or the torch reference with all weights in "
                      "memory; auto takes torch for at most 10⁹ weights, and on a CUDA device that they fit."),
-        click.option("--refine", type=click.IntRange(min=0), metavar="STEPS", show_default=f"{defaults.REFINE_STEPS} with the engine torch, else 0",
+        click.option("--refine", type=click.IntRange(min=0), metavar="STEPS",
+                     show_default=f"{defaults.REFINE_STEPS} with the engine torch, {defaults.REFINE_STEPS_GPU} on a GPU, else 0",
                      help="Steps of gradient descent on the divergence from the full cache; needs the engine torch."),
         click.option("--device", default="cpu", show_default=True, help="Where torch computes: cpu, cuda, mps."),
     ]  # fmt: skip

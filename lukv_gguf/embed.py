@@ -137,6 +137,8 @@ def embed_model(
 
         context, questions = calibration_text or calibration.load_default()
         checkpoint = checkpoint_folder(output)
+        if allocation != "lukv" and protocol.get("refine") is None:
+            protocol["refine"] = 0  # only the scores count
         profile = profile_model(
             model,
             context=context,

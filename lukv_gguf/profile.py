@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from lukv_gguf.metrics import LayerState, Metric, Needs
 from lukv_gguf.profile_file import GAP_RATIO, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
 from lukv_gguf.refine import N_PART, refine_budgets, shift_odds
-from lukv_gguf.replay import Replay, make_replays
+from lukv_gguf.replay import Replay, make_replays, request_length
 from lukv_gguf.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
@@ -62,7 +61,7 @@ class Protocol:
         ``torch`` for a model of at most 10⁹ weights, where it is the faster one, or that fits a CUDA device, else ``llama``.
     refine : int, optional
         Steps of `refine.refine_budgets`, which needs the engine ``torch``; 0 for none. By default `defaults.REFINE_STEPS`
-        with that engine, and none with the other.
+        (`defaults.REFINE_STEPS_GPU`) with that engine, and none with the other.
     refine_ratio : float
         The kept fraction at which the budgets are refined; others follow by `refine.shift_odds`.
 
@@ -204,17 +203,27 @@ def profile_metrics(
     dtype = dtype or default_dtype(place)
 
     tell("load", 0, 1)
-    engine = _choose_engine(path, protocol.engine, place)
-    n_refine = defaults.REFINE_STEPS if protocol.refine is None and engine == "torch" else protocol.refine or 0
+    engine = _choose_engine(path, protocol.engine, place, dtype)
+    n_refine = protocol.refine or 0
+    if protocol.refine is None and engine == "torch":
+        n_refine = defaults.REFINE_STEPS if place.type == "cpu" else defaults.REFINE_STEPS_GPU
+    if protocol.refine_ratio == 1.0:
+        n_refine = 0
     if n_refine and engine != "torch":
         raise LukvError("refining the budgets needs all weights in memory: --engine torch, or --refine 0")
     model = ReferenceModel.load(path, dtype=dtype, device=place, stream=engine == "llama")
     with Tokenizer(path) as tokenizer:
-        prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol)
+        n_repeated = request_length(tokenizer) + N_PART if n_refine else 0
+        if n_repeated > model.config.n_context_train // 4:
+            if protocol.refine:
+                raise LukvError(f"a context length of {model.config.n_context_train} is too short to refine budgets: --refine 0")
+            n_refine = n_repeated = 0
+        prefix, suffixes = _tokenize(tokenizer, model, context, questions, protocol, n_repeated)
         end_tokens = tokenizer.end_tokens
         chunk = max(metric.needs.chunk for metric in chosen_metrics)
         replays = make_replays(tokenizer, prefix, chunk, model.config.n_context_train) if chunk else []
         parts = make_replays(tokenizer, prefix, N_PART) if n_refine else []
+        parts = parts[:-1] if len(parts) > 1 and parts[-1].end - parts[-1].start < N_PART // 2 else parts
     n_token = len(prefix)
     for metric in chosen_metrics:
         metric.check_model(model.config.n_layer, model.config.n_head_kv, model.config.d_key, model.config.d_value)
@@ -246,10 +255,9 @@ def profile_metrics(
         "decoded_tokens": str(sum(map(len, seen.answers))),
     }
     budgeted = ~np.array(model.config.windowed)
-    parts = [part for part in parts if n_token + len(part.tokens) <= (model.config.n_context_train or math.inf)]
-    n_refine = n_refine if parts else 0
+    at = int(np.abs(protocol.ratios - protocol.refine_ratio).argmin())
     if n_refine:
-        provenance |= {"refine_steps": str(n_refine), "refine_ratio": f"{protocol.refine_ratio:g}"}
+        provenance |= {"refine_steps": str(n_refine), "refine_ratio": f"{protocol.ratios[at]:g}"}
     profiles = {}
     for i, metric in enumerate(chosen_metrics):
         ranking, scores = rank(seen.scores[metric.name], protocol.sink, protocol.recent)
@@ -262,7 +270,6 @@ def profile_metrics(
         )
         budget = solution.query_budget.mean(axis=0)
         if n_refine:
-            at = int(np.abs(protocol.ratios - protocol.refine_ratio).argmin())
             refined = refine_budgets(
                 model,
                 seen.cache,
@@ -447,13 +454,13 @@ def _stack_layers(layers: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> di
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def _choose_engine(path: str | Path, engine: str, device: torch.device) -> str:
+def _choose_engine(path: str | Path, engine: str, device: torch.device, dtype: torch.dtype) -> str:
     if engine != "auto":
         return engine
     from lukv_gguf.reference.gguf_file import GGUFFile
 
     n_weight = GGUFFile(path).n_weight
-    fits = device.type == "cuda" and 2 * default_dtype(device).itemsize * n_weight <= torch.cuda.mem_get_info(device)[0]
+    fits = device.type == "cuda" and 2 * dtype.itemsize * n_weight <= torch.cuda.mem_get_info(device)[0]
     return "torch" if n_weight <= _TORCH_WEIGHTS or fits else "llama"
 
 
@@ -556,12 +563,17 @@ def solve_budgets(
 
 
 def _tokenize(
-    tokenizer: Tokenizer, model: ReferenceModel, context: str, questions: Sequence[str], protocol: Protocol
+    tokenizer: Tokenizer,
+    model: ReferenceModel,
+    context: str,
+    questions: Sequence[str],
+    protocol: Protocol,
+    n_repeated: int = 0,
 ) -> tuple[list[int], list[list[int]]]:
-    """The shared prefix, and each question with the rest of the template."""
+    """The shared prefix, and each question with the rest of the template; `n_repeated` tokens fit behind the prefix, too."""
     before, after = tokenizer.frame_user_message()
     suffixes = [tokenizer.encode(f"\n\n{question}{after}") for question in questions]
-    room = model.config.n_context_train - max(map(len, suffixes)) - protocol.max_new_tokens
+    room = model.config.n_context_train - max(n_repeated, max(map(len, suffixes)) + protocol.max_new_tokens)
     if room < 1:
         raise LukvError("the questions do not fit the model's context length")
     return tokenizer.begin_tokens(before + context)[: min(protocol.n_context, room)], suffixes

@@ -56,7 +56,7 @@ class Profile:
     ratios : array [n]
         Kept fractions of the whole cache, ascending.
     budget : array [n, L, H]
-        Φ: kept fraction per head, as solved. The mean of ``budget[i]`` is ``ratios[i]``.
+        Φ: kept fraction per head, as solved or refined. The mean of ``budget[i]`` is ``ratios[i]``.
     gap : array [L, H]
         Optimality gap of the metric where every head keeps `GAP_RATIO`, as a share of the head's total
         importance; mean over queries.
@@ -70,7 +70,7 @@ class Profile:
     scores : float32 array [L, H, T], optional
         The metric's score at each rank; infinite for protected tokens.
     query_budget : float32 array [Q, n, L, H], optional
-        The budgets of each query, of which `budget` is the mean.
+        The budgets of each query, of which `budget` is the mean unless it was refined.
     """
 
     metric: str
@@ -113,7 +113,8 @@ class Profile:
             raise LukvError(f"unknown allocation {name!r}; known: {', '.join(ALLOCATIONS)}")
         budget = np.broadcast_to(self.ratios[:, None, None], self.budget.shape).copy()
         budget[:, self.budgeted] = table
-        return replace(self, budget=budget)
+        provenance = {key: text for key, text in self.provenance.items() if not key.startswith("refine_")}
+        return replace(self, budget=budget, provenance=provenance)
 
     def budgets(self, floor: float = 0.0, blend: float = 0.0) -> FloatArray:
         """Budgets to use: Φ blended with uniform, with a floor.

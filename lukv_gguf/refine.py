@@ -91,26 +91,26 @@ def refine_budgets(
     """
     budgeted = np.ones(len(budget), dtype=bool) if budgeted is None else budgeted
     device, n_token = model.device, cache.n_token
-    # copies, since autograd does not take inference tensors
-    keys, values = ([t.to(model.dtype, copy=True) for t in tensors] for tensors in (cache.keys, cache.values))
+    keys, values = ([t.clone() for t in tensors] for tensors in (cache.keys, cache.values))  # autograd takes no inference tensors
     rank = np.empty_like(ranking)
     np.put_along_axis(rank, ranking, np.broadcast_to(np.arange(n_token), ranking.shape), axis=-1)
     distance = torch.from_numpy(np.log((rank + 1) / n_token)).float().to(device)
     distance[torch.from_numpy(rank < n_protected).to(device)] = float("-inf")
 
     ratio = float(budget[budgeted].mean())
-    start = np.clip(0.9 * budget[budgeted] + 0.1 * ratio, _SMALLEST, 1.0)  # away from 0, where there is no gradient
+    start = np.clip(_start(budget[budgeted], ratio), _SMALLEST, 1.0)
     logs = torch.tensor(np.log(start), dtype=torch.float32, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=_RATE, betas=(0.8, 0.95))
     generator = np.random.default_rng(seed)
+    n_batch = min(_BATCH, len(replays))
     order: list[int] = []
     losses, settled = [], []
     for step in range(n_step):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(1.0, 2.0 * (1.0 - step / n_step))
-        if len(order) < min(_BATCH, len(replays)):
-            order += generator.permutation(len(replays)).tolist()
-        batch = [replays[order.pop(0)] for _ in range(min(_BATCH, len(replays)))]
+        if len(order) < n_batch:
+            order = generator.permutation(len(replays)).tolist()
+        batch, order = [replays[i] for i in order[:n_batch]], order[n_batch:]
 
         fractions = _at_ratio(logs.exp(), ratio)
         gates: list[Tensor | None] = [None] * len(budget)
@@ -138,7 +138,7 @@ def shift_odds(budgets: FloatArray, ratios: FloatArray, at: int, refined: FloatA
     """Carry what was refined at one ratio over to the others.
 
     The odds b / (1 - b) of each head are multiplied by the same factor at every ratio, and those of all heads by one
-    more, so that the mean stays the ratio.
+    more, so that the mean stays the ratio. What `refine_budgets` starts from is what they are multiplied in.
 
     Parameters
     ----------
@@ -154,16 +154,21 @@ def shift_odds(budgets: FloatArray, ratios: FloatArray, at: int, refined: FloatA
     Returns
     -------
     array [n, L, H]
-        Row `at` is `refined`, but for rounding.
+        Row `at` is `refined`, but for rounding. A head's budget mostly grows with the ratio, but need not.
     """
-    shift = _logit(refined) - _logit(budgets[at])
-    shifted = _logit(budgets) + shift
+    start = _logit(_start(budgets, ratios[:, None, None]))
+    shifted = start + _logit(refined) - start[at]
     low, high = np.full(len(ratios), -40.0), np.full(len(ratios), 40.0)
     for _ in range(60):
         middle = (low + high) / 2
         too_much = _sigmoid(shifted + middle[:, None, None]).mean(axis=(1, 2)) > ratios
         high, low = np.where(too_much, middle, high), np.where(too_much, low, middle)
     return _sigmoid(shifted + low[:, None, None])
+
+
+def _start(budget: FloatArray, ratio: npt.ArrayLike) -> FloatArray:
+    """Budgets away from 0 and 1, where there is no gradient."""
+    return 0.9 * budget + 0.1 * np.asarray(ratio)
 
 
 def _logit(x: FloatArray) -> FloatArray:
@@ -177,9 +182,16 @@ def _sigmoid(x: FloatArray) -> FloatArray:
 
 def _at_ratio(fractions: Tensor, ratio: float) -> Tensor:
     """Fractions scaled so that their mean is the ratio; none is above 1."""
-    for _ in range(8):  # what the largest cannot take goes to the others
-        fractions = (fractions * (ratio / fractions.mean())).clamp(max=1.0)
-    return fractions
+    scaled = fractions
+    for _ in range(8):  # what the largest cannot take goes to the others; the gradient of one at 1 shrinks, and does not vanish
+        scaled = (scaled * (ratio / scaled.mean())).clamp(max=1.0)
+    with torch.no_grad():
+        low, high = 0.0, 1.0 / float(fractions.min())
+        for _ in range(60):
+            factor = (low + high) / 2
+            low, high = (low, factor) if float((fractions * factor).clamp(max=1.0).mean()) > ratio else (factor, high)
+        exact = (fractions * low).clamp(max=1.0)
+    return scaled + (exact - scaled).detach()
 
 
 def _repeat(
@@ -227,8 +239,7 @@ def _layer_behind(
 class _GatedAttention(torch.autograd.Function):
     """Attention of rows of queries to a gated context and to their own tokens, one head and row at a time.
 
-    The weights are not kept: the backward pass computes them again. There is no gradient for the context. All is
-    computed in the context's type: with bfloat16 on a CPU, memory traffic is most of the time.
+    The weights are not kept: the backward pass computes them again. There is no gradient for the context.
     """
 
     @staticmethod
@@ -243,28 +254,27 @@ class _GatedAttention(torch.autograd.Function):
         hidden: tuple[Tensor | None, Tensor],  # from each query, of the context [n * G, T] and its own tokens [n * G, n]
         cap: float,
     ) -> Tensor:
-        tensors = [t.to(keys.dtype) for t in (q, own_keys, own_values)]
         out = q.new_empty(*q.shape[:-1], values.shape[-1])
         for h, r in np.ndindex(q.shape[:2]):
-            head = _Head(h, r, *tensors, gate, keys, values, hidden, cap)
+            head = _Head(h, r, q, own_keys, own_values, gate, keys, values, hidden, cap)
             out[h, r] = head.weights()[0] @ head.values
-        ctx.save_for_backward(*tensors, gate, keys, values, *hidden, out)
+        ctx.save_for_backward(q, own_keys, own_values, gate, keys, values, *hidden, out)
         ctx.cap = cap
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         q, own_keys, own_values, gate, keys, values, *hidden, out = ctx.saved_tensors
-        grads = [torch.empty_like(t, dtype=grad.dtype) for t in (q, own_keys, own_values)]
+        grads = [torch.empty_like(t) for t in (q, own_keys, own_values)]
         grad_gate = None if gate is None else torch.zeros_like(gate)
-        inner = (grad * out).sum(dim=-1, keepdim=True).to(keys.dtype)
-        grad, n_token = grad.to(keys.dtype), keys.shape[1]
+        inner = (grad * out).sum(dim=-1, keepdim=True)
+        n_token = keys.shape[1]
         for h, r in np.ndindex(q.shape[:2]):
             head = _Head(h, r, q, own_keys, own_values, gate, keys, values, hidden, ctx.cap)
             weights, slope = head.weights()
             of_scores = (grad[h, r] @ head.values.T).sub_(inner[h, r]).mul_(weights)
             if grad_gate is not None:
-                grad_gate[h] += of_scores[:, :n_token].sum(dim=0, dtype=gate.dtype)
+                grad_gate[h] += of_scores[:, :n_token].sum(dim=0)
             if slope is not None:
                 of_scores *= slope
             grads[0][h, r] = of_scores @ head.keys
@@ -289,7 +299,7 @@ class _Head:
         hidden: Sequence[Tensor | None],
         cap: float,
     ) -> None:
-        self._q, self._gate, self._hidden, self._cap = q[h, r], None if gate is None else gate[h].to(q.dtype), hidden, cap
+        self._q, self._gate, self._hidden, self._cap = q[h, r], None if gate is None else gate[h], hidden, cap
         self._n_token = keys.shape[1]
         self.keys = torch.cat([keys[h], own_keys[h, r]])
         self.values = torch.cat([values[h], own_values[h, r]])

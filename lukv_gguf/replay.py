@@ -9,6 +9,7 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.reference.tokenizer import Tokenizer
 
 _OVERLAP = 8  # tokens before a part that tell the model where it starts
+_REQUEST = "\n\nRepeat the text above, word for word, from here on: "
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Replay:
 def longest(replays: Sequence[Replay]) -> int:
     """Tokens that they need behind the context, one at a time."""
     return max((len(replay.tokens) for replay in replays), default=0)
+
+
+def request_length(tokenizer: Tokenizer) -> int:
+    """Tokens of the longest request, without the part that is its answer."""
+    _, after = tokenizer.frame_user_message()
+    return len(tokenizer.encode(_REQUEST)) + _OVERLAP + len(tokenizer.encode(after))
 
 
 def make_replays(
@@ -62,7 +69,7 @@ def make_replays(
         if start == n_template:
             request = tokenizer.encode(f"\n\nRepeat the text above, word for word.{after}")
         else:
-            request = tokenizer.encode("\n\nRepeat the text above, word for word, from here on: ")
+            request = tokenizer.encode(_REQUEST)
             request += prefix[max(n_template, start - _OVERLAP) : start] + tokenizer.encode(after)
         replays.append(Replay(request + part, start, start + len(part)))
     if n_context_train is not None and len(prefix) + longest(replays) > n_context_train:

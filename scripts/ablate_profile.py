@@ -4,7 +4,7 @@
 
 Written are `curves.npz` (the queries' gains are averaged before one solve), `q75.npz` and `q90.npz` (each head gets what
 75 or 90 % of the queries ask for at most, then all are scaled to the ratio), `root.npz` (the square roots of the budgets,
-scaled to the ratio).
+scaled to the ratio). Refinement is left out of all of them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def main(path: Path, metric: str | None, output: Path) -> None:
         if profile.marginal is None or profile.query_budget is None:
             raise LukvError(f"{path}: holds no measurements, only budgets")
         output.mkdir(parents=True, exist_ok=True)
+        provenance = {key: text for key, text in profile.provenance.items() if not key.startswith("refine_")}
+        profile = replace(profile, budget=profile.query_budget.mean(axis=0).astype(np.float64), provenance=provenance)
         variants = {
             "curves": from_mean_gains(profile),
             "q75": from_quantile(profile, 0.75),

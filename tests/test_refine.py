@@ -120,11 +120,21 @@ def test_defaults_of_the_table(tiny: Path) -> None:
         assert meta.provenance["floor"] == str(floor)
         assert meta.budget.min() >= floor * 0.2 - 1e-9
     assert build_metadata(profiled(tiny), ratio=0.2).provenance["blend"] == "0.0"
+    assert "refine_steps" not in profiled(tiny).allocated("uniform").provenance
 
 
 def test_a_model_too_short_to_repeat_is_not_refined(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "short.gguf", n_ctx=128).path
-    assert "refine_steps" not in profiled(path).provenance
+    assert "refine_steps" not in profiled(path, refine=None).provenance
+    with pytest.raises(LukvError, match="128 is too short to refine budgets: --refine 0"):
+        profiled(path)
+
+
+def test_the_context_leaves_room_for_the_parts(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", n_ctx=800, chat_template=CHAT_TEMPLATE).path
+    plain, refined = (profiled(path, context=CONTEXT * 4, n_context=4000, refine=refine) for refine in (0, 2))
+    used = [int(profile.provenance["context_tokens"]) for profile in (plain, refined)]
+    assert 500 < used[1] <= 800 - refine.N_PART < used[0]
 
 
 def test_what_it_needs_is_told(tiny: Path) -> None:
@@ -163,7 +173,27 @@ def test_other_ratios_follow(base: np.ndarray, refined: np.ndarray, at: int) -> 
     np.testing.assert_allclose(moved.mean(axis=(1, 2)), GRID_RATIOS, atol=1e-6)
     np.testing.assert_allclose(moved[at], refined, atol=2e-3)
     assert moved.min() >= 0 and moved.max() <= 1
-    np.testing.assert_allclose(shift_odds(budgets, GRID_RATIOS, at, budgets[at]), budgets, atol=2e-3)
+    mixed = 0.9 * budgets + 0.1 * GRID_RATIOS[:, None, None]  # what refinement starts from: nothing learned, nothing moved
+    np.testing.assert_allclose(shift_odds(budgets, GRID_RATIOS, at, mixed[at]), mixed, atol=2e-3)
+
+
+def test_what_was_learned_reaches_other_ratios() -> None:
+    budgets = np.broadcast_to(GRID_RATIOS[:, None, None], (99, 2, 2))
+    moved = shift_odds(budgets, GRID_RATIOS, 19, np.array([[0.4, 0.2], [0.1, 0.1]]))
+    for i in (9, 29, 49):
+        assert moved[i, 0, 0] > 1.2 * moved[i, 0, 1] > 1.4 * moved[i, 1, 0]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.8, 0.95])
+def test_the_mean_is_the_ratio_in_every_step(tiny: Path, ratio: float) -> None:
+    model = load(tiny)
+    prefix, replays = random_tokens(90), [Replay(random_tokens(20, 1), 5, 17)]
+    cache = model.prefill(prefix)
+    ranking = rank_positions(metrics.get("keydiff"), cache, SINK, RECENT)
+    start = apply_floor_and_blend(np.random.default_rng(0).dirichlet(np.ones(6)).reshape(3, 2), ratio)
+    found = refine_budgets(model, cache, replays, ranking, SINK + RECENT, start, 4)
+    np.testing.assert_allclose(found.budget.mean(), ratio, atol=1e-5)
+    assert found.budget.min() >= 0 and found.budget.max() <= 1 and len(found.loss) == 4
 
 
 @pytest.mark.real_model
