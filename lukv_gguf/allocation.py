@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import isotonic_regression
+from scipy.optimize import brentq, isotonic_regression
 
 from lukv_gguf.errors import LukvError
 
@@ -237,6 +237,11 @@ def apply_floor_and_blend(
     result = lowest + shrink * (lifted - lowest)
     result += fill * (1.0 - result)
     return np.clip(result, 0.0, 1.0)
+
+
+def scale_factor(fractions: FloatArray, ratio: float) -> float:
+    """The factor c with which the mean of min(c * fractions, 1) is the ratio, in (0, 1); all fractions are positive."""
+    return brentq(lambda c: np.minimum(c * fractions, 1.0).mean() - ratio, 0.0, 1.0 / fractions.min())
 
 
 def _heads_by_gain(gains: FloatArray) -> IntArray:

@@ -208,7 +208,7 @@ def profile_metrics(
     if protocol.refine is None and engine == "torch":
         n_refine = defaults.REFINE_STEPS if place.type == "cpu" else defaults.REFINE_STEPS_GPU
     if protocol.refine_ratio == 1.0:
-        n_refine = 0
+        n_refine = 0  # nothing is evicted
     if n_refine and engine != "torch":
         raise LukvError("refining the budgets needs all weights in memory: --engine torch, or --refine 0")
     model = ReferenceModel.load(path, dtype=dtype, device=place, stream=engine == "llama")
@@ -255,6 +255,8 @@ def profile_metrics(
         "decoded_tokens": str(sum(map(len, seen.answers))),
     }
     budgeted = ~np.array(model.config.windowed)
+    if not n_refine:
+        seen.cache = None
     at = int(np.abs(protocol.ratios - protocol.refine_ratio).argmin())
     if n_refine:
         provenance |= {"refine_steps": str(n_refine), "refine_ratio": f"{protocol.ratios[at]:g}"}
@@ -281,7 +283,7 @@ def profile_metrics(
                 budgeted=budgeted,
                 progress=lambda done, n, i=i: tell("refine", i * n + done, len(chosen_metrics) * n),
             )
-            budget[:, budgeted] = shift_odds(budget[:, budgeted], protocol.ratios, at, refined.budget[budgeted])
+            budget[:, budgeted] = shift_odds(budget[:, budgeted], protocol.ratios, at, refined[budgeted])
         profiles[metric.name] = Profile(
             metric=metric.name,
             metric_params=dict(metric.params),

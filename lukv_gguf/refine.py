@@ -15,15 +15,18 @@ in its softmax. With s towards 0 this is what the cache does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from torch import Tensor
 from torch.nn import functional as F
 
+from lukv_gguf.allocation import scale_factor
+from lukv_gguf.errors import LukvError
 from lukv_gguf.reference import KVCache, ReferenceModel
 from lukv_gguf.reference.model import _Layer
 from lukv_gguf.replay import Replay
@@ -39,22 +42,6 @@ _SOFTNESS = 0.25  # s
 _SMALLEST = 1e-4  # budgets below are not told apart, so that their logarithms stay finite
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """Budgets refined at one ratio.
-
-    Attributes
-    ----------
-    budget : array [L, H]
-        Kept fractions; their mean over budgeted layers is the ratio.
-    loss : array [n_step]
-        Mean KL(full || softly evicted) of the parts of each step, in nats per token.
-    """
-
-    budget: FloatArray
-    loss: FloatArray
-
-
 def refine_budgets(
     model: ReferenceModel,
     cache: KVCache,
@@ -64,10 +51,9 @@ def refine_budgets(
     budget: FloatArray,
     n_step: int,
     *,
-    seed: int = 0,
     budgeted: npt.NDArray[np.bool_] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Refinement:
+) -> FloatArray:
     """Let budgets follow the gradient of KL(full || evicted) on parts of the context that the model repeats.
 
     Parameters
@@ -83,17 +69,24 @@ def refine_budgets(
     budget : array [L, H]
         Where to start: kept fractions. Their mean over budgeted layers stays as it is.
     n_step
-        Steps of Adam, each on a few of the parts. The result is the mean of the second half of them.
-    seed
-        Of the choice of parts.
+        Steps of Adam, each on a few of the parts, at least one. The result is the mean of the second half of them.
     budgeted : bool array [L], optional
         Layers that take part; the others keep everything.
+
+    Returns
+    -------
+    array [L, H]
+        Kept fractions, as in `budget`.
+
+    Raises
+    ------
+    LukvError
+        The model's predictions are not numbers.
     """
     budgeted = np.ones(len(budget), dtype=bool) if budgeted is None else budgeted
     device, n_token = model.device, cache.n_token
     keys, values = ([t.clone() for t in tensors] for tensors in (cache.keys, cache.values))  # autograd takes no inference tensors
-    rank = np.empty_like(ranking)
-    np.put_along_axis(rank, ranking, np.broadcast_to(np.arange(n_token), ranking.shape), axis=-1)
+    rank = _ranks(ranking)
     distance = torch.from_numpy(np.log((rank + 1) / n_token)).float().to(device)
     distance[torch.from_numpy(rank < n_protected).to(device)] = float("-inf")
 
@@ -101,10 +94,10 @@ def refine_budgets(
     start = np.clip(_start(budget[budgeted], ratio), _SMALLEST, 1.0)
     logs = torch.tensor(np.log(start), dtype=torch.float32, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=_RATE, betas=(0.8, 0.95))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     n_batch = min(_BATCH, len(replays))
     order: list[int] = []
-    losses, settled = [], []
+    settled = []
     for step in range(n_step):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(1.0, 2.0 * (1.0 - step / n_step))
@@ -119,19 +112,44 @@ def refine_budgets(
         with torch.no_grad():
             full = _repeat(model, keys, values, batch, [None] * len(budget)).log_softmax(dim=-1)
         evicted = _repeat(model, keys, values, batch, gates).log_softmax(dim=-1)
-        loss = F.kl_div(evicted, full, log_target=True, reduction="none").sum(dim=-1).mean()
+        loss = F.kl_div(evicted, full, log_target=True, reduction="sum") / len(full)
+        if not loss.isfinite():
+            raise LukvError("the model's predictions are not numbers, so budgets cannot be refined: --refine 0")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
         if step >= n_step // 2:
             settled.append(_at_ratio(logs.detach().exp(), ratio).cpu().numpy())
         if progress is not None:
             progress(step + 1, n_step)
     result = np.array(budget, dtype=np.float64)
-    if settled:
-        result[budgeted] = np.mean(settled, axis=0)
-    return Refinement(result, np.array(losses))
+    result[budgeted] = np.mean(settled, axis=0)
+    return result
+
+
+@torch.no_grad()
+def divergence(
+    model: ReferenceModel,
+    cache: KVCache,
+    replays: Sequence[Replay],
+    ranking: IntArray,
+    n_protected: int,
+    budgets: Sequence[FloatArray],
+) -> list[float]:
+    """KL(full || evicted) where each head really keeps its budget, for each of the budgets: nats per token.
+
+    Parameters as of `refine_budgets`; an evicted cache keeps `n_protected` positions at least.
+    """
+    rank, total = _ranks(ranking), np.zeros(len(budgets))
+    for replay in replays:
+        full = _repeat(model, cache.keys, cache.values, [replay], [None] * len(rank)).log_softmax(dim=-1)
+        for i, budget in enumerate(budgets):
+            kept = np.maximum(np.rint(budget * cache.n_token), n_protected)
+            gates = torch.zeros(rank.shape, device=model.device)
+            gates[torch.from_numpy(rank >= kept[..., None]).to(model.device)] = float("-inf")
+            evicted = _repeat(model, cache.keys, cache.values, [replay], list(gates)).log_softmax(dim=-1)
+            total[i] += float(F.kl_div(evicted, full, log_target=True, reduction="sum"))
+    return (total / sum(replay.end - replay.start for replay in replays)).tolist()
 
 
 def shift_odds(budgets: FloatArray, ratios: FloatArray, at: int, refined: FloatArray) -> FloatArray:
@@ -158,12 +176,8 @@ def shift_odds(budgets: FloatArray, ratios: FloatArray, at: int, refined: FloatA
     """
     start = _logit(_start(budgets, ratios[:, None, None]))
     shifted = start + _logit(refined) - start[at]
-    low, high = np.full(len(ratios), -40.0), np.full(len(ratios), 40.0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        too_much = _sigmoid(shifted + middle[:, None, None]).mean(axis=(1, 2)) > ratios
-        high, low = np.where(too_much, middle, high), np.where(too_much, low, middle)
-    return _sigmoid(shifted + low[:, None, None])
+    common = [brentq(lambda c: expit(row + c).mean() - ratio, -40.0, 40.0) for row, ratio in zip(shifted, ratios)]
+    return expit(shifted + np.reshape(common, (-1, 1, 1)))
 
 
 def _start(budget: FloatArray, ratio: npt.ArrayLike) -> FloatArray:
@@ -172,12 +186,7 @@ def _start(budget: FloatArray, ratio: npt.ArrayLike) -> FloatArray:
 
 
 def _logit(x: FloatArray) -> FloatArray:
-    x = np.clip(x, _SMALLEST, 1.0 - _SMALLEST)
-    return np.log(x / (1.0 - x))
-
-
-def _sigmoid(x: FloatArray) -> FloatArray:
-    return 1.0 / (1.0 + np.exp(-x))
+    return logit(np.clip(x, _SMALLEST, 1.0 - _SMALLEST))
 
 
 def _at_ratio(fractions: Tensor, ratio: float) -> Tensor:
@@ -185,13 +194,15 @@ def _at_ratio(fractions: Tensor, ratio: float) -> Tensor:
     scaled = fractions
     for _ in range(8):  # what the largest cannot take goes to the others; the gradient of one at 1 shrinks, and does not vanish
         scaled = (scaled * (ratio / scaled.mean())).clamp(max=1.0)
-    with torch.no_grad():
-        low, high = 0.0, 1.0 / float(fractions.min())
-        for _ in range(60):
-            factor = (low + high) / 2
-            low, high = (low, factor) if float((fractions * factor).clamp(max=1.0).mean()) > ratio else (factor, high)
-        exact = (fractions * low).clamp(max=1.0)
-    return scaled + (exact - scaled).detach()
+    factor = scale_factor(fractions.detach().cpu().double().numpy(), ratio)
+    return scaled + ((fractions * factor).clamp(max=1.0) - scaled).detach()
+
+
+def _ranks(ranking: IntArray) -> IntArray:
+    """The place of each position in its head's ranking [L, H, T]."""
+    rank = np.empty_like(ranking)
+    np.put_along_axis(rank, ranking, np.broadcast_to(np.arange(ranking.shape[-1]), ranking.shape), axis=-1)
+    return rank
 
 
 def _repeat(
@@ -200,7 +211,7 @@ def _repeat(
     """Logits [n, n_vocab] that predict the parts of all replays, each behind the same gated context."""
     width = max(len(replay.tokens) for replay in batch)
     tokens = torch.tensor([[*replay.tokens, *[0] * (width - len(replay.tokens))] for replay in batch])
-    x = model._embed(tokens).clone()
+    x = model._embed(tokens)
     offsets = torch.arange(width, device=model.device)
     for i, layer in enumerate(model._layers):
         x = _layer_behind(model, layer, keys[i], values[i], offsets, x, gates[i])

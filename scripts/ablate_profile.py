@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from lukv_gguf.allocation import concave_envelope, greedy_counts
+from lukv_gguf.allocation import concave_envelope, greedy_counts, scale_factor
 from lukv_gguf.errors import LukvError
 from lukv_gguf.profile_file import FloatArray, Profile, choose_profile, save_profiles
 
@@ -39,10 +39,8 @@ def from_quantile(profile: Profile, quantile: float) -> FloatArray:
 def _scaled(profile: Profile, wanted: FloatArray) -> FloatArray:
     budget = profile.budget.copy()
     for i, ratio in enumerate(profile.ratios):
-        scaled = np.maximum(wanted[i], 1e-9)
-        for _ in range(100):
-            scaled = np.minimum(1.0, scaled * ratio / scaled.mean())
-        budget[i, profile.budgeted] = scaled
+        positive = np.maximum(wanted[i], 1e-9)
+        budget[i, profile.budgeted] = np.minimum(1.0, scale_factor(positive, ratio) * positive)
     return budget
 
 

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_gguf import CHAT_TEMPLATE, write_tiny
-from torch.nn import functional as F
 
 from lukv_gguf import calibration, defaults, metrics, refine
 from lukv_gguf.allocation import apply_floor_and_blend
@@ -21,7 +20,7 @@ from lukv_gguf.errors import LukvError
 from lukv_gguf.profile import Protocol, profile_metrics, profile_model, rank_positions
 from lukv_gguf.profile_file import GRID_RATIOS, Profile
 from lukv_gguf.reference import KVCache, ReferenceModel, Tokenizer
-from lukv_gguf.refine import refine_budgets, shift_odds
+from lukv_gguf.refine import divergence, refine_budgets, shift_odds
 from lukv_gguf.replay import Replay, make_replays
 
 CONTEXT = " ".join(f"w{i * i % 39 + 1} and {i}" for i in range(60))
@@ -160,6 +159,12 @@ def test_every_metric_is_refined(tiny: Path) -> None:
     assert abs(found["keydiff"].budget - found["knorm"].budget).max() > 0.01
 
 
+def test_a_broken_model_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine, "_repeat", lambda *_: torch.full((3, 5), float("nan")))
+    with pytest.raises(LukvError, match="not numbers.*--refine 0"):
+        profiled(tiny)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     base=hnp.arrays(np.float64, (3, 2), elements=st.floats(0.02, 1.0)),
@@ -192,8 +197,8 @@ def test_the_mean_is_the_ratio_in_every_step(tiny: Path, ratio: float) -> None:
     ranking = rank_positions(metrics.get("keydiff"), cache, SINK, RECENT)
     start = apply_floor_and_blend(np.random.default_rng(0).dirichlet(np.ones(6)).reshape(3, 2), ratio)
     found = refine_budgets(model, cache, replays, ranking, SINK + RECENT, start, 4)
-    np.testing.assert_allclose(found.budget.mean(), ratio, atol=1e-5)
-    assert found.budget.min() >= 0 and found.budget.max() <= 1 and len(found.loss) == 4
+    np.testing.assert_allclose(found.mean(), ratio, atol=1e-5)
+    assert found.min() >= 0 and found.max() <= 1 and abs(found - start).max() > 0.01
 
 
 @pytest.mark.real_model
@@ -209,19 +214,8 @@ def test_the_model_loses_less(smollm2: Path) -> None:
     uniform = np.full((30, 3), 0.2)
     refined = refine_budgets(model, cache, replays[::2], ranking, SINK + RECENT, uniform, 6)
 
-    def divergence(budget: np.ndarray) -> float:
-        gates: list[torch.Tensor | None] = []
-        for of_layer, counts in zip(ranking, np.rint(budget * len(prefix)).astype(int)):
-            gate = torch.full((3, len(prefix)), float("-inf"))
-            for head, order, count in zip(gate, of_layer, counts):
-                head[order[: max(count, SINK + RECENT)]] = 0.0
-            gates.append(gate)
-        with torch.no_grad():
-            full, evicted = (
-                refine._repeat(model, cache.keys, cache.values, replays[1::6], of).log_softmax(dim=-1)
-                for of in ([None] * 30, gates)
-            )
-        return float(F.kl_div(evicted, full, log_target=True, reduction="none").sum(dim=-1).mean())
-
-    assert abs(refined.budget.mean() - 0.2) < 1e-3
-    assert divergence(refined.budget) < 0.5 * divergence(uniform)
+    budgets = [uniform, refined, np.ones((30, 3))]
+    before, after, full = divergence(model, cache, replays[1::6], ranking, SINK + RECENT, budgets)
+    assert abs(refined.mean() - 0.2) < 1e-3
+    assert after < 0.5 * before
+    assert full < 1e-5

@@ -216,6 +216,9 @@ struct fattn_ragged_args {
     // of a query
     __device__ __forceinline__ int token(const int seg, const int row) const { return seg/n_head_kv*n_tokens + row/n_gqa; }
     __device__ __forceinline__ int head (const int seg, const int row) const { return seg%n_head_kv*n_gqa    + row%n_gqa; }
+
+    // scores are of base 2; a soft cap comes before that
+    __device__ __forceinline__ float q_scale() const { return logit_softcap == 0.0f ? scale*LOG2E : scale/logit_softcap; }
 };
 
 // WM warps share a tile, each has 16 rows of queries. WC such groups work on tiles of their own
@@ -482,6 +485,44 @@ static __device__ __forceinline__ void dequantize_tile(
     }
 }
 
+// the tiles [lo, hi) of a segment, of which every group of WM warps takes each WC-th, on their way through its stages
+template <typename C>
+struct tile_stream {
+    const fattn_ragged_args & args;
+
+    const uint32_t stages;  // shared memory of the group
+    const int64_t  row0;    // of the segment
+    const int      n_cells;
+    const int      first;   // tile of the group
+    const int      n;       // its tiles
+    const int      tid;     // in the group
+
+    __device__ __forceinline__ tile_stream(
+            const fattn_ragged_args & args, const uint32_t stages, const int64_t row0, const int n_cells,
+            const int lo, const int hi, const int group, const int tid) :
+        args(args), stages(stages), row0(row0), n_cells(n_cells), first(lo + group),
+        n(hi - lo > group ? (hi - lo - group + C::WC - 1)/C::WC : 0), tid(tid) {
+#pragma unroll
+        for (int i = 0; i < C::STAGES - 1; ++i) {
+            load(i);
+        }
+    }
+
+    __device__ __forceinline__ int cell(const int i) const { return (first + i*C::WC)*C::TILE; }
+
+    // start to load the i-th tile, if there is one
+    __device__ __forceinline__ void load(const int i) const {
+        if (i < n) {
+            const int      n_valid = min(C::TILE, n_cells - cell(i));
+            const uint32_t dst     = stages + i%C::STAGES*C::STAGE_BYTES;
+
+            load_tile<C>(dst,                     args.k, row0 + cell(i), n_valid, tid);
+            load_tile<C>(dst + C::STAGE_BYTES_KV, args.v, row0 + cell(i), n_valid, tid);
+        }
+        cp_async_commit();
+    }
+};
+
 // the partial results of the WC warps of a block in one, for the first n_rows of ROWS queries.
 // before: sm_m [WC][ROWS], sm_l [WC][ROWS], sm_o [WC][ROWS][D] at smem, and a barrier
 template <int D, int ROWS, int WC>
@@ -575,30 +616,13 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
             const int lo = max(t_begin - t_unit, 0);
             const int hi = min(t_end   - t_unit, n_tiles);
 
-            const int n_mine = hi - lo > wc ? (hi - lo - wc + C::WC - 1)/C::WC : 0; // tiles of the group
-
-            const auto load = [&](const int i) {
-                if (i < n_mine) {
-                    const int      cell    = (lo + wc + i*C::WC)*TILE;
-                    const int      n_valid = min(TILE, n_cells - cell);
-                    const uint32_t dst     = stages_s + i%STAGES*C::STAGE_BYTES;
-
-                    load_tile<C>(dst,                     args.k, row0 + cell, n_valid, tid);
-                    load_tile<C>(dst + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, tid);
-                }
-                cp_async_commit();
-            };
-
-#pragma unroll
-            for (int i = 0; i < STAGES - 1; ++i) {
-                load(i);
-            }
+            const tile_stream<C> stream(args, stages_s, row0, n_cells, lo, hi, wc, tid);
 
             // the rows of the warp
             const int  r0     = rb*C::ROWS + wm*16;
             const bool active = r0 < args.n_rows;
 
-            const float q_scale = args.logit_softcap == 0.0f ? args.scale*LOG2E : args.scale/args.logit_softcap;
+            const float q_scale = args.q_scale();
 
             const auto q_row = [&](const int r) {
                 return r >= args.n_rows ? nullptr :
@@ -642,11 +666,11 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
             float m[2] = { -INFINITY, -INFINITY };
             float l[2] = { 0.0f, 0.0f };
 
-            for (int i = 0; i < n_mine; ++i) {
+            for (int i = 0; i < stream.n; ++i) {
                 cp_async_wait<STAGES - 2>();
                 group_sync<C::WM>(wc);
 
-                const int cell = (lo + wc + i*C::WC)*TILE;
+                const int cell = stream.cell(i);
 
                 char * kv = stages + i%STAGES*C::STAGE_BYTES;
 
@@ -657,7 +681,7 @@ static __global__ void fattn_ragged(const fattn_ragged_args args) {
                     kv = tile_f16;
                 }
 
-                load(i + STAGES - 1);
+                stream.load(i + STAGES - 1);
 
                 if (!active) {
                     continue;
@@ -897,26 +921,10 @@ static __global__ void fattn_ragged_words(const fattn_ragged_args args) {
 
         const int64_t row0    = tiles.row(seg);
         const int     n_cells = tiles.n_cells(seg);
-        const int     n_mine  = hi - lo > warp ? (hi - lo - warp + C::WC - 1)/C::WC : 0; // tiles of the warp
 
-        const auto load = [&](const int i) {
-            if (i < n_mine) {
-                const int      cell    = (lo + warp + i*C::WC)*TILE;
-                const int      n_valid = min(TILE, n_cells - cell);
-                const uint32_t dst     = stages_s + i%STAGES*C::STAGE_BYTES;
+        const tile_stream<C> stream(args, stages_s, row0, n_cells, lo, hi, warp, lane);
 
-                load_tile<C>(dst,                     args.k, row0 + cell, n_valid, lane);
-                load_tile<C>(dst + C::STAGE_BYTES_KV, args.v, row0 + cell, n_valid, lane);
-            }
-            cp_async_commit();
-        };
-
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; ++i) {
-            load(i);
-        }
-
-        const float q_scale = args.logit_softcap == 0.0f ? args.scale*LOG2E : args.scale/args.logit_softcap;
+        const float q_scale = args.q_scale();
 
         uint32_t q_frag[NQ][D/16][2];
 #pragma unroll
@@ -956,13 +964,13 @@ static __global__ void fattn_ragged_words(const fattn_ragged_args args) {
             m[nq][0] = m[nq][1] = -INFINITY;
         }
 
-        for (int i = 0; i < n_mine; ++i) {
+        for (int i = 0; i < stream.n; ++i) {
             cp_async_wait<STAGES - 2>();
             __syncwarp();
 
-            load(i + STAGES - 1);
+            stream.load(i + STAGES - 1);
 
-            const int    cell = (lo + warp + i*C::WC)*TILE;
+            const int    cell = stream.cell(i);
             const char * kv   = stages + i%STAGES*C::STAGE_BYTES;
 
             const int64_t row = row0 + cell;
