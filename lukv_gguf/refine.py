@@ -9,7 +9,7 @@ Eviction is made smooth for it: a head of budget b gives the position at rank i 
 
     sigmoid((log b - log(i / T)) / s)
 
-in its softmax. With s towards 0 this is what the cache does.
+in its softmax. With s towards 0 this is what the cache does; s falls from step to step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ N_PART = 96
 """Tokens of a part that is repeated."""
 _BATCH = 2  # parts of a step
 _RATE = 0.3  # of Adam, on the logarithms of the budgets
-_SOFTNESS = 0.25  # s
+_SOFTNESS = (0.5, 0.1)  # s of the first and of the last step
 _SMALLEST = 1e-4  # budgets below are not told apart, so that their logarithms stay finite
 
 
@@ -98,6 +98,7 @@ def refine_budgets(
     n_batch = min(_BATCH, len(replays))
     order: list[int] = []
     settled = []
+    softness = np.geomspace(*_SOFTNESS, n_step)
     for step in range(n_step):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(1.0, 2.0 * (1.0 - step / n_step))
@@ -108,7 +109,7 @@ def refine_budgets(
         fractions = _at_ratio(logs.exp(), ratio)
         gates: list[Tensor | None] = [None] * len(budget)
         for i, of_layer in zip(np.flatnonzero(budgeted), fractions):
-            gates[i] = F.logsigmoid((of_layer.clamp(min=_SMALLEST).log()[:, None] - distance[i]) / _SOFTNESS)
+            gates[i] = F.logsigmoid((of_layer.clamp(min=_SMALLEST).log()[:, None] - distance[i]) / softness[step])
         with torch.no_grad():
             full = _repeat(model, keys, values, batch, [None] * len(budget)).log_softmax(dim=-1)
         evicted = _repeat(model, keys, values, batch, gates).log_softmax(dim=-1)

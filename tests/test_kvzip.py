@@ -15,6 +15,7 @@ from lukv_gguf import metrics, runtime
 from lukv_gguf.collect import reconstruct
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metadata import embed
+from lukv_gguf.metrics import LayerState
 from lukv_gguf.reference import ReferenceModel, Tokenizer
 from lukv_gguf.replay import Replay, make_replays
 
@@ -32,10 +33,10 @@ def path(tiny: TinyModel) -> Path:
     return embedded(tiny)
 
 
-def embedded(tiny: TinyModel) -> Path:
-    target = tiny.path.with_name("lukv.gguf")
+def embedded(tiny: TinyModel, metric: str = "kvzip") -> Path:
+    target = tiny.path.with_name(f"{metric}.gguf")
     meta = metadata(uneven_budget(tiny.n_layer, tiny.n_head_kv, RATIO), RATIO, "prefill")
-    embed(tiny.path, target, replace(meta, metric="kvzip", metric_params=metrics.get("kvzip").params))
+    embed(tiny.path, target, replace(meta, metric=metric, metric_params=metrics.get(metric).params))
     return target
 
 
@@ -84,6 +85,22 @@ def test_same_cells_as_the_reference(tiny: TinyModel, path: Path, flash_attn: bo
     for i, kept in positions(model, tiny).items():
         assert len(kept) == usage.used[i]
         assert_best(kept, expected[i])
+
+
+def test_one_half_by_keydiff(tiny: TinyModel) -> None:
+    """The mean key is that of the context: what is read to repeat it does not count."""
+    model = load(embedded(tiny, "keydiff-kvzip"))
+    feed(model, CONTEXT)
+    for replay in REPLAYS:
+        runtime.record_repetition(model, replay.tokens, replay.start, replay.end)
+    runtime.commit(model)
+    reference = ReferenceModel.load(tiny.path)
+    cache = reference.prefill(CONTEXT)
+    found = reconstruct(reference, cache, REPLAYS, SINK)
+    for i, kept in positions(model, tiny).items():
+        state = LayerState(cache.keys[i[0]], reconstruction=found[i[0]], sink=SINK, recent=RECENT)
+        score = metrics.get("keydiff-kvzip").score(state)[i[1]].masked_fill(state.is_protected, float("inf"))
+        assert set(kept) == set(score.argsort(descending=True, stable=True)[: len(kept)].tolist())
 
 
 def test_the_sequence_is_left_as_it_was(path: Path) -> None:

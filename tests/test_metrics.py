@@ -18,7 +18,7 @@ from lukv_gguf import cli, metrics
 from lukv_gguf.collect import Collector
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics import LayerState, Metric, Needs
-from lukv_gguf.metrics.criticalkv import _turns
+from lukv_gguf.metrics.halves import _turns
 from lukv_gguf.reference import ReferenceModel
 from lukv_gguf.reference.bounded import BoundedDecoder
 
@@ -285,6 +285,24 @@ def test_criticalkv_is_a_choice_in_two_stages(states: list[LayerState], base: st
                 assert set(got[head].argsort(descending=True)[:budget].tolist()) == chosen
 
 
+@pytest.mark.parametrize("other", ["expectedattention", "kvzip"])
+def test_keydiff_and_another_share_a_budget(states: list[LayerState], other: str) -> None:
+    params = {"future": FUTURE} if other == "expectedattention" else {}
+    for state in states:
+        reconstruction = torch.rand(2, state.keys.shape[1], generator=torch.Generator().manual_seed(0))
+        state = replace(state, reconstruction=reconstruction)
+        got = metrics.get(f"keydiff-{other}", **params).score(state)
+        orders = [
+            metric.score(state).masked_fill(state.is_protected, torch.inf).argsort(descending=True, stable=True).tolist()
+            for metric in (metrics.get("keydiff"), metrics.get(other, **params))
+        ]
+        for head in range(2):
+            for budget in (8, 21, 40, 89):
+                chosen = orders[0][head][: budget // 2]
+                chosen = chosen + [i for i in orders[1][head] if i not in chosen][: budget - len(chosen)]
+                assert set(got[head].argsort(descending=True)[:budget].tolist()) == set(chosen)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.permutations(range(n)))))
 def test_turns_hold_for_every_budget(orders: tuple[list[int], list[int]]) -> None:
@@ -384,6 +402,7 @@ def test_every_metric_is_found_by_its_name() -> None:
         ("nonsense", "unknown metric 'nonsense'; known metrics: .*keydiff"),
         ("criticalkv", "unknown metric"),
         ("criticalkv-knorm", "unknown metric"),
+        ("keydiff-keydiff", "unknown metric"),
         ("keydiff:window=8", "keydiff has no parameter window"),
         ("snapkv:window", "write parameters as snapkv:PARAM=NUMBER"),
         ("snapkv:window=0", "window must be a whole number of at least 1"),

@@ -169,10 +169,11 @@ def _tables(model: Path, folder: Path, request: Request, profiler: Profiler) -> 
     tables = Tables(model, request.profile or (own if own.exists() else None), given)
     metrics = list(given) or tables.metrics()
     methods = [method for method in request.methods if method != FULL]
-    if REPEATING in metrics and "prefill" not in request.policies:
-        raise LukvError(f"the metric {REPEATING} works with --policies prefill only")
-    if REPEATING in metrics and request.query_aware:
-        raise LukvError(f"the metric {REPEATING} repeats a context without its questions: leave out --query-aware")
+    for metric in (name for name in metrics if name in REPEATING):
+        if "prefill" not in request.policies:
+            raise LukvError(f"the metric {metric} works with --policies prefill only")
+        if request.query_aware:
+            raise LukvError(f"the metric {metric} repeats a context without its questions: leave out --query-aware")
     missing = tables.missing(methods, metrics)
     if missing and request.profile is not None:
         raise LukvError(

@@ -21,8 +21,8 @@ from lukv_gguf.profile_file import ALLOCATIONS, Profile, choose_profile, load_pr
 
 FULL = "full"
 NAMES = (FULL, *ALLOCATIONS)
-REPEATING = "kvzip"
-"""The metric that evicts only after the context was repeated; by its name, since the registry of metrics needs torch."""
+REPEATING = ("kvzip", "keydiff-kvzip")
+"""Metrics that evict only after the context was repeated; by their names, since the registry of metrics needs torch."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def grid(
     """All combinations that there are, the full cache once for each type of K and V and always: the others are compared with it."""
     cells = [Cell(FULL, "", 1.0, "", kv_type) for kv_type in kv_types]
     for kv_type, metric, policy, method, ratio in product(kv_types, metrics, policies, methods, ratios):
-        if method != FULL and (metric != REPEATING or policy == "prefill"):
+        if method != FULL and (metric not in REPEATING or policy == "prefill"):
             cells.append(Cell(method, metric, ratio, policy, kv_type))
     return cells
 

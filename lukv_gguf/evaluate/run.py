@@ -206,7 +206,7 @@ class _Run:
 
     def _replays(self, cell: Cell, prefix: list[int], is_chat: bool) -> list[Replay]:
         table = self._tables[cell.method, cell.metric]
-        if table is None or cell.metric != REPEATING:
+        if table is None or cell.metric not in REPEATING:
             return []
         return make_replays(self._tokenizer, prefix, int(table.metric_params["chunk"]), is_chat=is_chat)
 

@@ -11,6 +11,7 @@ from lukv_gguf.metrics.curdkv import CurDKV
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
 from lukv_gguf.metrics.foresight import Foresight
 from lukv_gguf.metrics.h2o import H2O
+from lukv_gguf.metrics.halves import KeyDiffAnd
 from lukv_gguf.metrics.keydiff import KeyDiff
 from lukv_gguf.metrics.knorm import KNorm
 from lukv_gguf.metrics.kvzip import KVZip
@@ -27,12 +28,12 @@ _METRICS: dict[str, type[Metric]] = {
         Cake, CapKV, CurDKV, ExpectedAttention, Foresight, H2O, KeyDiff, KNorm, KVZip, Random, SnapKV, StreamingLLM
     )
 }
-_CRITICAL = "criticalkv-"
+_WRAPPERS = {"criticalkv-": CriticalKV, "keydiff-": KeyDiffAnd}
 
 
 def names() -> list[str]:
     """Names of all metrics, sorted; those of wrapped ones too."""
-    return sorted([*_METRICS, *(_CRITICAL + name for name in CriticalKV.bases)])
+    return sorted([*_METRICS, *(prefix + name for prefix, wrapper in _WRAPPERS.items() for name in wrapper.bases)])
 
 
 def get(name: str, scorer: Scorer | None = None, **params: float) -> Metric:
@@ -50,8 +51,9 @@ def get(name: str, scorer: Scorer | None = None, **params: float) -> Metric:
     """
     if name not in names():
         raise LukvError(f"unknown metric {name!r}; known metrics: {', '.join(names())}")
-    if name.startswith(_CRITICAL):
-        return CriticalKV(_METRICS[name.removeprefix(_CRITICAL)], **params)
+    for prefix, wrapper in _WRAPPERS.items():
+        if name.startswith(prefix):
+            return wrapper(_METRICS[name.removeprefix(prefix)], **params)
     if _METRICS[name].trained:
         return _METRICS[name](scorer, **params)
     return _METRICS[name](**params)

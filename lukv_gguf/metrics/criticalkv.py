@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lukv_gguf.metrics.base import LayerState, Metric, Needs
 from lukv_gguf.metrics.cake import Cake
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
 from lukv_gguf.metrics.h2o import H2O
+from lukv_gguf.metrics.halves import in_turns
 from lukv_gguf.metrics.snapkv import SnapKV
 
 
 class CriticalKV(Metric):
     """One half of a budget for the best cells by another metric, the other half by its score times ||v W_O||_1.
-
-    What a budget keeps grows with it, one cell at a time. The order in which cells come in is the ranking, so one ranking
-    holds for every budget. Protected cells are first in both halves.
 
     Parameters: those of the other metric; ``epsilon``, added to its score before the product.
 
@@ -56,29 +52,4 @@ class CriticalKV(Metric):
         assert state.output_norms is not None
         score = self._base.score(state)
         product = (score + self.params["epsilon"]) * state.output_norms.mean(dim=1)
-        rows = [_turns(*both) for both in zip(*(_ranked(s, state) for s in (score, product)))]
-        return torch.from_numpy(np.stack(rows)).to(state.keys.device)
-
-
-def _ranked(scores: Tensor, state: LayerState) -> list[list[int]]:
-    """Cells of each head in the order of their scores, protected ones first."""
-    scores = scores.masked_fill(state.is_protected, float("inf"))
-    return scores.argsort(dim=-1, descending=True, stable=True).tolist()
-
-
-def _turns(first: list[int], second: list[int]) -> np.ndarray:
-    """Scores that rank cells as they enter the choice when the budget grows: minus the number of earlier ones. [T].
-
-    With a budget of b, the best floor(b / 2) of `first` are chosen, and the best others of `second`. An even b lets in
-    the next of `first`, or, if that one is there already, the next of `second` in its place.
-    """
-    scores = np.empty(len(first), np.float32)
-    others = iter(second)
-    taken: set[int] = set()
-    for n_before in range(len(first)):
-        cell = first[n_before // 2] if n_before % 2 else None
-        if cell is None or cell in taken:
-            cell = next(i for i in others if i not in taken)
-        taken.add(cell)
-        scores[cell] = -n_before
-    return scores
+        return in_turns(score, product, state)

@@ -459,6 +459,9 @@ private:
 std::vector<ggml_tensor *> llama_kv_cache_lukv::build_k_sums(commit_graph & graph, const std::vector<eviction> & evictions) const {
     auto * ctx = graph.ctx.get();
 
+    // what is read to repeat a context does not belong to it
+    const auto n_new = [](const kv_seq & seq) { return seq.is_repeating ? 0 : seq.pos_recent.size(); };
+
     // the rows of the recent cells of each layer and sequence, head by head: one input for all of a device
     std::map<ggml_backend_dev_t, std::vector<int32_t>> rows;
     for (size_t l = 0; l < kv.layers.size(); ++l) {
@@ -468,7 +471,7 @@ std::vector<ggml_tensor *> llama_kv_cache_lukv::build_k_sums(commit_graph & grap
                 const auto & seg = eviction.seq->segs[l*params.n_head_kv + ih];
 
                 const size_t first = cur.size();
-                cur.resize(first + eviction.seq->pos_recent.size());
+                cur.resize(first + n_new(*eviction.seq));
                 std::iota(cur.begin() + first, cur.end(), seg.offs + seg.pos.size());
             }
         }
@@ -486,7 +489,7 @@ std::vector<ggml_tensor *> llama_kv_cache_lukv::build_k_sums(commit_graph & grap
         for (const auto & eviction : evictions) {
             const auto & seq = *eviction.seq;
 
-            const int64_t n = params.n_head_kv*seq.pos_recent.size();
+            const int64_t n = params.n_head_kv*n_new(seq);
             if (n == 0) {
                 res.push_back(seq.queries.slot >= 0 ? queries->build_k_sum(ctx, seq.queries, nullptr, nullptr, layer.il) : nullptr);
                 continue;
@@ -642,6 +645,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
                 s.ctx       = ctx;
                 s.input_f32 = input_f32;
                 s.input_i32 = input_i32;
+                s.k_sum     = needs.k_sum ? k_sums[l*evictions.size() + e] : nullptr;
 
                 if (ggml_tensor * scores = metric.build(s)) {
                     int64_t offs = cur.n_rows;

@@ -476,34 +476,40 @@ static ggml_tensor * build_h2o(const llama_lukv_scorer & s) {
 }
 
 //
-// wrapper
+// wrappers
 //
 
-// one half of the budget for the best cells by another metric, the other half by its score times ||v W_O||_1
-static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores) {
+// one half of the budget for the best cells by the first scores, the other half for the best others by the second
+static ggml_tensor * build_halves(const llama_lukv_scorer & s, ggml_tensor * first, ggml_tensor * second) {
     const int64_t n       = s.n_cells();
     const int32_t n_first = s.n_keep/2;
 
-    scores = ggml_reshape_2d(s.ctx, scores, 1, n);
-
-    ggml_tensor * product = ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms);
+    first  = ggml_reshape_2d(s.ctx, first,  1, n);
+    second = ggml_reshape_2d(s.ctx, second, 1, n);
 
     if (n_first == 0) {
-        return product;
+        return second;
     }
     if (!s.prot.empty()) {
-        scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, scores), s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1),
+        first = ggml_set_rows(s.ctx, ggml_dup(s.ctx, first), s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1),
                 s.input_i32(s.prot, s.prot.size()));
     }
 
     const int32_t n_rest = n - n_first;
 
-    ggml_tensor * rest = ggml_bottom_k_ragged(s.ctx, scores, s.input_i32({ 0, (int32_t) n, n_rest }, 3), n_rest);
+    ggml_tensor * rest = ggml_bottom_k_ragged(s.ctx, first, s.input_i32({ 0, (int32_t) n, n_rest }, 3), n_rest);
     rest = ggml_reshape_1d(s.ctx, rest, n_rest);
 
     ggml_tensor * res = ggml_dup(s.ctx, s.input_f32(std::vector<float>(n, SCORE_CHOSEN), 1));
 
-    return ggml_set_rows(s.ctx, res, ggml_get_rows(s.ctx, product, rest), rest);
+    return ggml_set_rows(s.ctx, res, ggml_get_rows(s.ctx, second, rest), rest);
+}
+
+// the second half by the score of the first times ||v W_O||_1
+static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores) {
+    scores = ggml_reshape_2d(s.ctx, scores, 1, s.n_cells());
+
+    return build_halves(s, scores, ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms));
 }
 
 //
@@ -574,13 +580,19 @@ static ggml_tensor * build_layer_capkv(const llama_lukv_layer_scorer & s) {
             s.n_head_kv, s.n_max(), s.pos_min + s.sink, s.params.at("tau"), s.params.at("epsilon"));
 }
 
-static ggml_tensor * build_layer_h2o(const llama_lukv_layer_scorer & s) {
+// [1, n_rows] -> [n_cells], segment by segment
+static ggml_tensor * join_segments(const llama_lukv_layer_scorer & s, ggml_tensor * rows) {
     ggml_tensor * res = nullptr;
     for (const auto & seg : s.segs) {
-        ggml_tensor * cur = ggml_view_1d(s.ctx, s.attn_sums, seg.n, seg.row*s.attn_sums->nb[1]);
+        ggml_tensor * cur = ggml_view_1d(s.ctx, rows, seg.n, seg.row*ggml_element_size(rows));
 
         res = res ? ggml_concat(s.ctx, res, cur, 0) : cur;
     }
+    return res;
+}
+
+static ggml_tensor * build_layer_h2o(const llama_lukv_layer_scorer & s) {
+    ggml_tensor * res = join_segments(s, s.attn_sums);
     if (s.params.at("average") == 0) {
         return res;
     }
@@ -592,7 +604,20 @@ static ggml_tensor * build_layer_h2o(const llama_lukv_layer_scorer & s) {
     return ggml_mul(s.ctx, res, s.input_f32(weights, weights.size()));
 }
 
-static ggml_tensor * build_layer_criticalkv(const llama_lukv_layer_scorer & s, ggml_tensor * scores) {
+static ggml_tensor * build_layer_keydiff(const llama_lukv_layer_scorer & s) {
+    std::vector<int32_t> rows;
+    std::vector<int32_t> heads;
+    for (const auto & seg : s.segs) {
+        rows .insert(rows.end(), { seg.row, seg.n });
+        heads.push_back(seg.ih);
+    }
+    ggml_tensor * anchors = ggml_get_rows(s.ctx, s.k_sum, s.input_i32(heads, heads.size()));
+
+    return join_segments(s, ggml_keydiff_ragged(s.ctx, s.k, s.input_i32(rows, 2), anchors));
+}
+
+// norms - nullptr for 0 in place of the product
+static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_tensor * scores, ggml_tensor * norms, float epsilon) {
     if (!s.prot.empty()) {
         scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, ggml_reshape_2d(s.ctx, scores, 1, s.pos.size())),
                 s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1), s.input_i32(s.prot, s.prot.size()));
@@ -603,8 +628,8 @@ static ggml_tensor * build_layer_criticalkv(const llama_lukv_layer_scorer & s, g
         n_first.push_back(seg.n_keep/2);
     }
 
-    return ggml_critical_scores_ragged(s.ctx, scores, s.out_norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
-            s.params.at("epsilon"), SCORE_CHOSEN);
+    return ggml_critical_scores_ragged(s.ctx, scores, norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
+            epsilon, SCORE_CHOSEN);
 }
 
 //
@@ -700,7 +725,30 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
     res.build_layer_scores = [base, inner_of](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
         ggml_tensor * scores = base.build(inner_of(s));
 
-        return scores ? build_layer_criticalkv(s, scores) : nullptr;
+        return scores ? build_layer_choice(s, scores, s.out_norms, s.params.at("epsilon")) : nullptr;
+    };
+
+    return res;
+}
+
+// one half of the budget by keydiff, the other half by another metric
+static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
+    llama_lukv_metric res = other;
+
+    res.name = "keydiff-" + other.name;
+
+    res.needs_of = [other](const metric_params & values) {
+        auto needs = other.needs(values);
+        needs.k_sum = true;
+        return needs;
+    };
+    res.build_scores = [other](const llama_lukv_scorer & s) {
+        return build_halves(s, build_keydiff(s), other.build(s));
+    };
+    res.build_layer_scores = [other](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
+        ggml_tensor * scores = other.build(s);
+
+        return scores ? ggml_add(s.ctx, scores, build_layer_choice(s, build_layer_keydiff(s), nullptr, 0.0f)) : nullptr;
     };
 
     return res;
@@ -718,6 +766,7 @@ static std::vector<llama_lukv_metric> make_metrics() {
     const llama_lukv_metric expected = { "expectedattention",
         { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } },
         needs_queries, build_expectedattention, build_layer_expectedattention };
+    const llama_lukv_metric kvzip = { "kvzip", { { "chunk", true, 2048, 1 } }, needs_repetition, build_kvzip, nullptr };
     const llama_lukv_metric h2o = { "h2o", { { "average", true, 0, 0 } }, needs_attention, build_h2o, build_layer_h2o };
 
     return {
@@ -732,8 +781,10 @@ static std::vector<llama_lukv_metric> make_metrics() {
         { "foresight",    { window, kernel }, needs_trained, build_foresight, nullptr },
         h2o,
         { "keydiff",      {}, needs_keys, build_keydiff, nullptr },
+        join_keydiff(expected),
+        join_keydiff(kvzip),
         { "knorm",        {}, needs_nothing, build_knorm,   build_layer_norms },
-        { "kvzip",        { { "chunk", true, 2048, 1 } }, needs_repetition, build_kvzip, nullptr },
+        kvzip,
         { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random, build_layer_random },
         snapkv,
         { "streamingllm", {}, needs_nothing, build_streamingllm, build_layer_streamingllm },

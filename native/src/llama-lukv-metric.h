@@ -124,6 +124,8 @@ struct llama_lukv_layer_scorer {
     ggml_tensor * attn_sums = nullptr; // [1, n_rows]
     ggml_tensor * past      = nullptr; // [1, n_rows]
 
+    ggml_tensor * k_sum = nullptr; // of keys of equal length [n_embd_head_k, n_head_kv]
+
     struct segment {
         int32_t ih;     // KV head
         int32_t row;    // first one

@@ -558,7 +558,7 @@ static double run_scores(ggml_backend_t backend, const score_case & c) {
             for (const auto & s : segs) {
                 n_first.push_back(n_first.empty() ? 0 : s[2]/3);
             }
-            out = ggml_critical_scores_ragged(ctx, run.input(GGML_TYPE_F32, { (int64_t) pos.size() }, scores), run.input(GGML_TYPE_F32, { 1, n_rows }, past),
+            out = ggml_critical_scores_ragged(ctx, run.input(GGML_TYPE_F32, { (int64_t) pos.size() }, scores), c.variant == 1 ? nullptr : run.input(GGML_TYPE_F32, { 1, n_rows }, past),
                     tsegs, run.input(GGML_TYPE_I32, { (int64_t) segs.size() }, n_first), n_longest, 1e-4f, 10.0f);
     }
     if (!run.supports(out)) {
@@ -712,7 +712,7 @@ static double run_scores(ggml_backend_t backend, const score_case & c) {
             std::sort(order.begin(), order.end(), [&](int a, int b) { return scores[offs + a] > scores[offs + b]; });
             for (int j = 0; j < n; ++j) {
                 const int i = order[j];
-                r[i] = j < n_first[is] ? 10.0f : (scores[offs + i] + 1e-4f)*past[row + i];
+                r[i] = j < n_first[is] ? 10.0f : c.variant == 1 ? 0.0f : (scores[offs + i] + 1e-4f)*past[row + i];
             }
         }
         offs += n;

@@ -203,7 +203,7 @@ extern "C" {
     // ref: https://arxiv.org/abs/2502.03805
     //
     // scores:  [n_cells] F32. of equal ones the last are better
-    // norms:   [1, n_rows] F32
+    // norms:   [1, n_rows] F32, optional: without, the others get 0
     // n_first: [n_segs] I32
     GGML_API struct ggml_tensor * ggml_critical_scores_ragged(
             struct ggml_context * ctx,

@@ -393,13 +393,15 @@ struct ggml_tensor * ggml_critical_scores_ragged(
         float                 epsilon,
         float                 chosen) {
     GGML_ASSERT(scores->type  == GGML_TYPE_F32);
-    GGML_ASSERT(norms->type   == GGML_TYPE_F32);
     GGML_ASSERT(n_first->type == GGML_TYPE_I32 && ggml_nelements(n_first) == segs->ne[1]);
 
     check_segs(segs, 3);
 
     GGML_ASSERT(ggml_is_contiguous(scores));
-    GGML_ASSERT(ggml_is_contiguous(norms));
+
+    if (norms) {
+        GGML_ASSERT(norms->type == GGML_TYPE_F32 && ggml_is_contiguous(norms));
+    }
 
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ggml_nelements(scores));
 

@@ -1099,7 +1099,7 @@ static void compute_leverage(const ggml_compute_params * params, ggml_tensor * d
 
 static void compute_critical(const ggml_compute_params * params, ggml_tensor * dst) {
     const float * scores = (const float *) dst->src[0]->data;
-    const float * norms  = (const float *) dst->src[1]->data;
+    const float * norms  = dst->src[1] ? (const float *) dst->src[1]->data : nullptr;
 
     const int32_t * seg     = (const int32_t *) dst->src[2]->data;
     const int32_t * n_first = (const int32_t *) dst->src[3]->data;
@@ -1119,7 +1119,7 @@ static void compute_critical(const ggml_compute_params * params, ggml_tensor * d
             order.clear();
             for (int c = 0; c < n; ++c) {
                 order.push_back(uint64_t(float_to_ordered(scores[offs + c])) << 32 | c);
-                res[c] = (scores[offs + c] + epsilon)*norms[seg[3*s + 1] + c];
+                res[c] = norms ? (scores[offs + c] + epsilon)*norms[seg[3*s + 1] + c] : 0.0f;
             }
             const auto first = order.end() - std::min(n_first[s], n);
             if (first != order.end()) {

@@ -1,0 +1,77 @@
+"""Two metrics that share a budget, one half each."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lukv_gguf.metrics.base import LayerState, Metric, Needs
+from lukv_gguf.metrics.expectedattention import ExpectedAttention
+from lukv_gguf.metrics.keydiff import KeyDiff
+from lukv_gguf.metrics.kvzip import KVZip
+
+
+class KeyDiffAnd(Metric):
+    """One half of a budget for the best cells by KeyDiff, the other half for the best others by another metric.
+
+    What stands out among the keys, and what is attended to, are different cells: KeyDiff keeps a number in a page of prose and
+    loses a sentence of it, attention the other way round.
+
+    Parameters: those of the other metric.
+    """
+
+    name = KeyDiff.name
+    cost = "T d, and that of the other metric"
+    bases: ClassVar = (ExpectedAttention.name, KVZip.name)
+
+    def __init__(self, other: type[Metric], **params: float) -> None:
+        self.name = f"{KeyDiff.name}-{other.name}"  # type: ignore[misc]
+        self.defaults, self.minima = other.defaults, other.minima  # type: ignore[misc]
+        self.native, self.policies = other.native, other.policies  # type: ignore[misc]
+        super().__init__(**params)
+        self._metrics = (KeyDiff(), other(**self.params))
+        self.summary = f"one half by {KeyDiff.name}, one half by {other.name}"  # type: ignore[misc]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.union(metric.needs for metric in self._metrics)
+
+    def score(self, state: LayerState) -> Tensor:
+        return in_turns(*(metric.score(state) for metric in self._metrics), state)
+
+
+def in_turns(first: Tensor, second: Tensor, state: LayerState) -> Tensor:
+    """Scores [H, T] of a choice by two others, one half of the budget each.
+
+    What a budget keeps grows with it, one cell at a time. The order in which cells come in is the ranking, so one ranking
+    holds for every budget. Protected cells are first in both halves.
+    """
+    rows = [_turns(*both) for both in zip(_ranked(first, state), _ranked(second, state))]
+    return torch.from_numpy(np.stack(rows)).to(state.keys.device)
+
+
+def _ranked(scores: Tensor, state: LayerState) -> list[list[int]]:
+    """Cells of each head in the order of their scores, protected ones first."""
+    scores = scores.masked_fill(state.is_protected, float("inf"))
+    return scores.argsort(dim=-1, descending=True, stable=True).tolist()
+
+
+def _turns(first: list[int], second: list[int]) -> np.ndarray:
+    """Scores that rank cells as they enter the choice when the budget grows: minus the number of earlier ones. [T].
+
+    With a budget of b, the best floor(b / 2) of `first` are chosen, and the best others of `second`. An even b lets in
+    the next of `first`, or, if that one is there already, the next of `second` in its place.
+    """
+    scores = np.empty(len(first), np.float32)
+    others = iter(second)
+    taken: set[int] = set()
+    for n_before in range(len(first)):
+        cell = first[n_before // 2] if n_before % 2 else None
+        if cell is None or cell in taken:
+            cell = next(i for i in others if i not in taken)
+        taken.add(cell)
+        scores[cell] = -n_before
+    return scores
