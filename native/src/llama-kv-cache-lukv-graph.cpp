@@ -1,6 +1,7 @@
 #include "llama-kv-cache-lukv.h"
 
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache-lukv-impl.h"
 #include "llama-model.h"
 
@@ -267,7 +268,7 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
         ggml_backend_tensor_memset(self_zeros, 0, 0, ggml_nbytes(self_zeros));
     }
 
-    for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
+    for (ggml_tensor * rot : { rot_k, rot_v }) {
         if (rot && rot->buffer) {
             llama_kv_cache_lukv::set_input_rot(rot);
         }
@@ -374,8 +375,8 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
         }
         return res;
     };
-    inp->self_k_rot = new_rot(kv->get_rot_k(), "attn_inp_k_rot_lukv");
-    inp->self_v_rot = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
+    inp->rot_k = new_rot(kv->get_rot_k(), "attn_inp_k_rot_lukv");
+    inp->rot_v = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
 
     return inp;
 }
@@ -442,16 +443,25 @@ ggml_tensor * build_attn_lukv(
 
     const auto * kv = inp->mctx_lukv->get_kv();
 
+    const auto rotate = [&](ggml_tensor * cur, ggml_tensor * rot) {
+        return rot ? llama_mul_mat_hadamard(ctx0, cur, rot) : cur;
+    };
+    // what fits the keys as they are stored. the op for all heads rotates by itself: where nothing else asks for this, it is not computed
+    ggml_tensor * q_rot = rotate(q_cur, inp->rot_k);
+
+    k_cur = rotate(k_cur, inp->rot_k);
+    v_cur = rotate(v_cur, inp->rot_v);
+
     ggml_tensor * idxs = inp->on_device(gctx, inp->self_idxs, il);
 
     ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, idxs, il));
     ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
 
     if (kv->get_queries().active()) {
-        kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il, kv->has_scores_op(il));
+        kv->get_queries().build_store(gctx, inp->self_queries, q_rot, inp->rot_k, kq_scale, il, kv->has_scores_op(il));
     }
     if (kv->get_needs().attn_sums) {
-        kv->build_attn_sums(gctx, inp, q_cur, kq_scale, il);
+        kv->build_attn_sums(gctx, inp, q_rot, kq_scale, il);
     }
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
@@ -461,7 +471,7 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * segs = kv->view_segs(ctx0, inp->on_device(gctx, inp->self_segs, il), il);
 
         ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il), segs, inp->self_n_hidden,
-                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f, kv->get_rot_k(), kv->get_rot_v());
 
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
         ggml_build_forward_expand(gctx.gf, cur);
@@ -474,7 +484,7 @@ ggml_tensor * build_attn_lukv(
     for (uint32_t ih = 0; ih < n_head_kv; ++ih) {
         const uint32_t n_cells = kv->get_n_cells(inp->seq_id, il, ih);
 
-        ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n_gqa, q_cur->ne[2], q_cur->nb[1], q_cur->nb[2], ih*n_gqa*q_cur->nb[1]);
+        ggml_tensor * q = ggml_view_3d(ctx0, q_rot, q_rot->ne[0], n_gqa, q_rot->ne[2], q_rot->nb[1], q_rot->nb[2], ih*n_gqa*q_rot->nb[1]);
         ggml_tensor * k = kv->get_k(ctx0, inp->seq_id, il, ih, n_cells);
         ggml_tensor * v = kv->get_v(ctx0, inp->seq_id, il, ih, n_cells);
 
@@ -494,7 +504,7 @@ ggml_tensor * build_attn_lukv(
         out = ggml_reshape_3d(ctx0, out, out->ne[0], 1, out->ne[1]);
     }
     ggml_tensor * cur = concat(ctx0, std::move(outs));
-    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]);
+    cur = rotate(ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]), inp->rot_v);
     ggml_build_forward_expand(gctx.gf, cur);
 
     return cur;

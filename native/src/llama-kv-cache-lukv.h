@@ -567,6 +567,10 @@ public:
 
     ggml_tensor * self_zeros = nullptr; // F32 [1, n_head_kv*n_tokens], where the accumulated attention is computed head by head
 
+    // F32 [n, n], the rotations of quantised K and V. not where stock has them: who stores and attends also rotates
+    ggml_tensor * rot_k = nullptr;
+    ggml_tensor * rot_v = nullptr;
+
     llama_lukv_queries::graph_inputs self_queries;
 
     // where the attention is computed head by head

@@ -2,6 +2,10 @@
 
 #include "ggml-impl.h"
 
+static bool is_rot_size(int32_t n_rot, int64_t n_embd) {
+    return n_rot == 0 || (n_rot > 0 && (n_rot & (n_rot - 1)) == 0 && n_embd % n_rot == 0);
+}
+
 struct ggml_tensor * ggml_flash_attn_ragged(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -11,13 +15,17 @@ struct ggml_tensor * ggml_flash_attn_ragged(
         struct ggml_tensor  * n_hidden,
         struct ggml_tensor  * sinks,
         float                 scale,
-        float                 logit_softcap) {
+        float                 logit_softcap,
+        int32_t               n_rot_k,
+        int32_t               n_rot_v) {
     GGML_ASSERT(q->type        == GGML_TYPE_F32);
     GGML_ASSERT(segs->type     == GGML_TYPE_I32);
     GGML_ASSERT(n_hidden->type == GGML_TYPE_I32);
 
     GGML_ASSERT(q->ne[0] == k->ne[0]);
     GGML_ASSERT(k->ne[1] == v->ne[1]);
+    GGML_ASSERT(is_rot_size(n_rot_k, k->ne[0]));
+    GGML_ASSERT(is_rot_size(n_rot_v, v->ne[0]));
     GGML_ASSERT(segs->ne[0] == 2);
     GGML_ASSERT(q->ne[1] % segs->ne[1] == 0);
     GGML_ASSERT(segs->ne[3] == 1);
@@ -39,8 +47,10 @@ struct ggml_tensor * ggml_flash_attn_ragged(
 
     struct ggml_tensor * result = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2]);
 
-    float params[] = { scale, logit_softcap };
-    ggml_set_op_params(result, params, sizeof(params));
+    ggml_set_op_params_f32(result, 0, scale);
+    ggml_set_op_params_f32(result, 1, logit_softcap);
+    ggml_set_op_params_i32(result, 2, n_rot_k);
+    ggml_set_op_params_i32(result, 3, n_rot_v);
 
     result->op     = GGML_OP_FLASH_ATTN_RAGGED;
     result->src[0] = q;

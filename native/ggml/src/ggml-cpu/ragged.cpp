@@ -62,6 +62,8 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
     if (logit_softcap != 0.0f) {
         scale /= logit_softcap;
     }
+    const int n_rot_k = ggml_get_op_params_i32(dst, 2);
+    const int n_rot_v = ggml_get_op_params_i32(dst, 3);
 
     float * work     = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
     float * scratch  = work + ith*scratch_size(dst);
@@ -103,6 +105,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
 
         for (int i = 0; i < n_q; ++i) {
             memcpy(Q + i*DK, (const char *) q->data + token(is, i)*q->nb[2] + head(is, i)*q->nb[1], DK*sizeof(float));
+            hadamard(DK, n_rot_k, Q + i*DK);
         }
 
         for (int c = first; c < last; c += TILE) {
@@ -176,6 +179,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         if (sum > 0.0f) {
             ggml_vec_scale_f32(DV, out, 1.0f/sum);
         }
+        hadamard(DV, n_rot_v, out);
     }
 }
 
