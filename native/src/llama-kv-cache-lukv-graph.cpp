@@ -54,6 +54,10 @@ ggml_tensor * llama_kv_cache_lukv::get_v(ggml_context * ctx, llama_seq_id seq_id
     return view_cells(ctx, get_v(il), seq_id, il, ih, n_cells);
 }
 
+static ggml_tensor * rotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * rot) {
+    return rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
+}
+
 static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * cur, ggml_tensor * idxs) {
     // the heads may be a part of a larger tensor
     if (!ggml_is_contiguous(cur)) {
@@ -63,12 +67,18 @@ static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor
     return ggml_set_rows(ctx, dst, ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]), idxs);
 }
 
-ggml_tensor * llama_kv_cache_lukv::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, int32_t il) const {
-    return cpy_rows(ctx, get_k(il), k_cur, view_idxs(ctx, idxs, il));
-}
+void llama_kv_cache_lukv::build_store(const llm_graph_context & gctx, const llm_graph_input_attn_kv_lukv * inp,
+        ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const {
+    ggml_context * ctx = gctx.ctx0;
 
-ggml_tensor * llama_kv_cache_lukv::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, int32_t il) const {
-    return cpy_rows(ctx, get_v(il), v_cur, view_idxs(ctx, idxs, il));
+    ggml_tensor * idxs = view_idxs(ctx, inp->on_device(gctx, inp->self_idxs, il), il);
+
+    if (ops[map_layer_ids.at(il)].store) {
+        ggml_build_forward_expand(gctx.gf, ggml_store_ragged(ctx, k_cur, v_cur, get_k(il), get_v(il), idxs, rot_k, rot_v));
+        return;
+    }
+    ggml_build_forward_expand(gctx.gf, cpy_rows(ctx, get_k(il), rotate(ctx, k_cur, inp->rot_k), idxs));
+    ggml_build_forward_expand(gctx.gf, cpy_rows(ctx, get_v(il), rotate(ctx, v_cur, inp->rot_v), idxs));
 }
 
 ggml_tensor * llama_kv_cache_lukv::view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const {
@@ -443,19 +453,10 @@ ggml_tensor * build_attn_lukv(
 
     const auto * kv = inp->mctx_lukv->get_kv();
 
-    const auto rotate = [&](ggml_tensor * cur, ggml_tensor * rot) {
-        return rot ? llama_mul_mat_hadamard(ctx0, cur, rot) : cur;
-    };
     // what fits the keys as they are stored. the op for all heads rotates by itself: where nothing else asks for this, it is not computed
-    ggml_tensor * q_rot = rotate(q_cur, inp->rot_k);
+    ggml_tensor * q_rot = rotate(ctx0, q_cur, inp->rot_k);
 
-    k_cur = rotate(k_cur, inp->rot_k);
-    v_cur = rotate(v_cur, inp->rot_v);
-
-    ggml_tensor * idxs = inp->on_device(gctx, inp->self_idxs, il);
-
-    ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, idxs, il));
-    ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
+    kv->build_store(gctx, inp, k_cur, v_cur, il);
 
     if (kv->get_queries().active()) {
         kv->get_queries().build_store(gctx, inp->self_queries, q_rot, inp->rot_k, kq_scale, il, kv->has_scores_op(il));
@@ -504,7 +505,7 @@ ggml_tensor * build_attn_lukv(
         out = ggml_reshape_3d(ctx0, out, out->ne[0], 1, out->ne[1]);
     }
     ggml_tensor * cur = concat(ctx0, std::move(outs));
-    cur = rotate(ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]), inp->rot_v);
+    cur = rotate(ctx0, ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]), inp->rot_v);
     ggml_build_forward_expand(gctx.gf, cur);
 
     return cur;

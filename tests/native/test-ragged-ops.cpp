@@ -287,6 +287,69 @@ static double run_attn(ggml_backend_t backend, const attn_case & c) {
     return nmse(res, ref);
 }
 
+// rows of K and V in any order. the others stay
+static double run_store(ggml_backend_t backend, ggml_type type, int d, int n_head_kv, int n_tokens, int n_rot_k, int n_rot_v) {
+    const int n      = n_head_kv*n_tokens;
+    const int n_rows = 2*n + 3;
+
+    std::vector<int32_t> idxs(n_rows);
+    std::iota(idxs.begin(), idxs.end(), 0);
+    std::shuffle(idxs.begin(), idxs.end(), rng);
+    idxs.resize(n);
+
+    runner run(backend);
+
+    // K and V of a token are parts of a larger row, as where one product gives both
+    const auto      cur_data = random_floats(2*d*n, 3.0f);
+    ggml_tensor   * cur      = run.input(GGML_TYPE_F32, { d, 2*n_head_kv, n_tokens }, cur_data);
+    ggml_tensor   * cells[2];
+    ggml_tensor   * parts[2];
+    std::vector<double> ref;
+
+    for (int i = 0; i < 2; ++i) {
+        const rows old(type, d, n_rows);
+        cells[i] = run.input(type, { d, n_rows }, old.data);
+        parts[i] = ggml_view_3d(run.ctx.get(), cur, d, n_head_kv, n_tokens, cur->nb[1], cur->nb[2], i*n_head_kv*cur->nb[1]);
+
+        auto values = old.values;
+        for (int r = 0; r < n; ++r) {
+            const auto first = cur_data.begin() + ((r/n_head_kv*2 + i)*n_head_kv + r%n_head_kv)*d;
+            std::vector<float> row(first, first + d);
+            rotate(row, i == 0 ? n_rot_k : n_rot_v);
+            if (type != GGML_TYPE_F32) {
+                std::vector<char> data(ggml_row_size(type, d));
+                ggml_quantize_chunk(type, row.data(), data.data(), 0, 1, d, nullptr);
+                ggml_get_type_traits(type)->to_float(data.data(), row.data(), d);
+            }
+            std::copy(row.begin(), row.end(), values.begin() + idxs[r]*d);
+        }
+        ref.insert(ref.end(), values.begin(), values.end());
+    }
+
+    ggml_tensor * out = ggml_store_ragged(run.ctx.get(), parts[0], parts[1], cells[0], cells[1],
+            run.input(GGML_TYPE_I32, { n }, idxs), n_rot_k, n_rot_v);
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    run.prepare({ out });
+    GGML_ASSERT(ggml_backend_graph_compute(backend, run.gf) == GGML_STATUS_SUCCESS);
+
+    std::vector<float> res;
+    for (ggml_tensor * t : cells) {
+        std::vector<char> data(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, data.data(), 0, data.size());
+
+        std::vector<float> values(d*n_rows);
+        if (type == GGML_TYPE_F32) {
+            memcpy(values.data(), data.data(), data.size());
+        } else {
+            ggml_get_type_traits(type)->to_float(data.data(), values.data(), values.size());
+        }
+        res.insert(res.end(), values.begin(), values.end());
+    }
+    return nmse(res, ref);
+}
+
 static double run_keydiff(ggml_backend_t backend, ggml_type type, int d, int n_head_kv, int n_max) {
     int64_t n_rows;
     auto segs = make_segs(n_head_kv, 1, n_max, n_rows);
@@ -857,6 +920,25 @@ static bool test(ggml_backend_t backend) {
         check(c.name(), run_attn(backend, c), c.type == GGML_TYPE_F32 ? 1e-9 : 1e-6);
     }
 
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1 }) {
+        for (int d : { 64, 80, 96, 128, 256 }) {
+            if (d % ggml_blck_size(type) != 0) {
+                continue;
+            }
+            for (int n_tokens : { 1, 3, 70 }) {
+                for (bool rot : { false, true }) {
+                    if (rot && d % 64 != 0) {
+                        continue;
+                    }
+                    char name[256];
+                    snprintf(name, sizeof(name), "STORE_RAGGED(type=%s,d=%d,n_tokens=%d,rot=%d)", ggml_type_name(type), d, n_tokens, rot);
+                    // a number between two others may be rounded to either
+                    check(name, run_store(backend, type, d, 3, n_tokens, rot ? d : 0, rot ? 64 : 0), ggml_is_quantized(type) ? 1e-5 : 1e-7);
+                }
+            }
+        }
+    }
+
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         for (int d : { 64, 80, 96, 128, 256 }) {
             if (d % ggml_blck_size(type) == 0) {
@@ -1005,6 +1087,26 @@ static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens,
             const double ms = time_ms(backend, run.gf);
             printf("%s %5s %-8s %d cells x %d layers, %d tokens: %8.3f ms, %6.0f GB/s, %6.1f TFLOP/s\n", ggml_backend_name(backend), ggml_type_name(type),
                     rot ? "rotated" : ragged ? "ragged" : "uniform", n_cells, n_layer, n_tokens, ms, bytes/ms*1e-6, 4.0*d*n_gqa*n_head_kv*n_cells*n_layer*n_tokens/ms*1e-9);
+
+            if (rot || (ragged && type == GGML_TYPE_F16)) {
+                runner storing(backend);
+
+                std::vector<int32_t> idxs(n_head_kv*n_tokens);
+                std::iota(idxs.begin(), idxs.end(), 0);
+
+                std::vector<ggml_tensor *> stores;
+                for (int il = 0; il < n_layer; ++il) {
+                    const auto cur = [&]() {
+                        return storing.input(GGML_TYPE_F32, { d, n_head_kv, n_tokens }, random_floats(d*n_head_kv*n_tokens));
+                    };
+                    stores.push_back(ggml_store_ragged(storing.ctx.get(), cur(), cur(), kvs[2*il], kvs[2*il + 1],
+                            storing.input(GGML_TYPE_I32, { n_head_kv*n_tokens }, idxs), rot ? d : 0, rot ? 64 : 0));
+                }
+                storing.prepare(stores);
+
+                printf("%s %5s stores   %d layers, %d tokens: %8.3f ms\n", ggml_backend_name(backend), ggml_type_name(type),
+                        n_layer, n_tokens, time_ms(backend, storing.gf));
+            }
 
             if (ragged && !rot) {
                 runner run_score(backend);

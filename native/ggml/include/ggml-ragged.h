@@ -32,6 +32,23 @@ extern "C" {
             int32_t               n_rot_k,
             int32_t               n_rot_v);
 
+    // stores rows of K and V. as ggml_set_rows for both, with the rotation that ggml_flash_attn_ragged expects
+    //
+    // k_cur: [n_embd, n_head_kv, n_tokens] F32, rows contiguous
+    // v_cur: the same
+    // k, v:  [n_embd, n_rows]
+    // idxs:  [n_head_kv*n_tokens]          I32: the row of each, none twice
+    // res:   a view of k
+    GGML_API struct ggml_tensor * ggml_store_ragged(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * k_cur,
+            struct ggml_tensor  * v_cur,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * v,
+            struct ggml_tensor  * idxs,
+            int32_t               n_rot_k,
+            int32_t               n_rot_v);
+
     // KeyDiff scores: -<k/|k|, anchor>, where the anchors are sums of normalised keys. their length does not change the order
     // ref: https://arxiv.org/abs/2504.15364
     //

@@ -63,6 +63,49 @@ struct ggml_tensor * ggml_flash_attn_ragged(
     return result;
 }
 
+struct ggml_tensor * ggml_store_ragged(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * k_cur,
+        struct ggml_tensor  * v_cur,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * idxs,
+        int32_t               n_rot_k,
+        int32_t               n_rot_v) {
+    GGML_ASSERT(k_cur->type == GGML_TYPE_F32);
+    GGML_ASSERT(v_cur->type == GGML_TYPE_F32);
+    GGML_ASSERT(idxs->type  == GGML_TYPE_I32);
+
+    GGML_ASSERT(k_cur->ne[0] == k->ne[0]);
+    GGML_ASSERT(v_cur->ne[0] == v->ne[0]);
+    GGML_ASSERT(k_cur->ne[1] == v_cur->ne[1]);
+    GGML_ASSERT(k_cur->ne[2] == v_cur->ne[2]);
+    GGML_ASSERT(k_cur->ne[3] == 1 && v_cur->ne[3] == 1);
+    GGML_ASSERT(k_cur->ne[1]*k_cur->ne[2] == ggml_nelements(idxs));
+    GGML_ASSERT(is_rot_size(n_rot_k, k->ne[0]));
+    GGML_ASSERT(is_rot_size(n_rot_v, v->ne[0]));
+
+    GGML_ASSERT(ggml_is_contiguous_rows(k_cur));
+    GGML_ASSERT(ggml_is_contiguous_rows(v_cur));
+    GGML_ASSERT(ggml_is_contiguous(k));
+    GGML_ASSERT(ggml_is_contiguous(v));
+    GGML_ASSERT(ggml_is_contiguous(idxs));
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, k);
+
+    ggml_set_op_params_i32(result, 0, n_rot_k);
+    ggml_set_op_params_i32(result, 1, n_rot_v);
+
+    result->op     = GGML_OP_STORE_RAGGED;
+    result->src[0] = k_cur;
+    result->src[1] = v_cur;
+    result->src[2] = k;
+    result->src[3] = v;
+    result->src[4] = idxs;
+
+    return result;
+}
+
 struct ggml_tensor * ggml_keydiff_ragged(
         struct ggml_context * ctx,
         struct ggml_tensor  * k,

@@ -1,4 +1,5 @@
 #include "convert.cuh"
+#include "cpy-utils.cuh"
 #include "ragged.cuh"
 
 #include <algorithm>
@@ -1710,6 +1711,157 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 }
 
 //
+// new rows of K and V
+//
+
+static constexpr int STORE_THREADS = 128;
+
+struct store_ragged_args {
+    struct rows {
+        const char * cur;   // F32 [D, n_head, n_tokens]
+        char       * cells;
+        int64_t      nb1;   // of cur
+        int64_t      nb2;
+        bool         rot;
+    };
+    rows k;
+    rows v;
+
+    const int32_t * idxs;
+
+    int n_head;
+    int n_rows; // n_head*n_tokens
+};
+
+// a warp reads and rotates a row, a thread quantises a block
+template <ggml_type type, int D>
+__launch_bounds__(STORE_THREADS)
+static __global__ void store_ragged(const store_ragged_args args) {
+    constexpr bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+
+    constexpr int N       = (D/2 + WARP_SIZE - 1)/WARP_SIZE;
+    constexpr int N_WARPS = STORE_THREADS/WARP_SIZE;
+    constexpr int QK      = QK8_0;
+    static_assert(QK8_0 == QK4_0, "bad block");
+
+    __shared__ float blocks[quantized ? N_WARPS*D/QK : 1][QK + 1]; // in different banks
+
+    const int warp = threadIdx.x / WARP_SIZE;
+    const int lane = threadIdx.x % WARP_SIZE;
+
+    const bool is_k = blockIdx.y == 0;
+
+    const store_ragged_args::rows rows = is_k ? args.k : args.v;
+
+    const int r0 = blockIdx.x*N_WARPS;
+    const int r  = r0 + warp;
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    const auto cell = [&](const int r) { return rows.cells + args.idxs[r]*(int64_t) row_bytes(type, D); };
+
+    if (r < args.n_rows) {
+        const float2 * src = (const float2 *) (rows.cur + r/args.n_head*rows.nb2 + r%args.n_head*rows.nb1);
+
+        float2 x[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int d = j*WARP_SIZE + lane;
+            x[j] = D/2 % WARP_SIZE == 0 || d < D/2 ? src[d] : make_float2(0.0f, 0.0f);
+        }
+        if constexpr (D % ROT_MIN == 0) {
+            if (rows.rot && is_k) {
+                hadamard<N>(x);
+            } else if (rows.rot) {
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    hadamard<1>(x + j);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int d = j*WARP_SIZE + lane;
+            if (D/2 % WARP_SIZE != 0 && d >= D/2) {
+                continue;
+            }
+            if constexpr (type == GGML_TYPE_F16) {
+                ((half2 *) cell(r))[d] = ggml_cuda_cast<half2>(x[j]);
+            } else if constexpr (type == GGML_TYPE_BF16) {
+                ((nv_bfloat162 *) cell(r))[d] = ggml_cuda_cast<nv_bfloat162>(x[j]);
+            } else {
+                float * block = blocks[(warp*D + 2*d)/QK] + 2*d%QK;
+                block[0] = x[j].x;
+                block[1] = x[j].y;
+            }
+        }
+    }
+
+    if constexpr (quantized) {
+        __syncthreads();
+
+        for (int b = threadIdx.x; b < N_WARPS*D/QK && r0 + b*QK/D < args.n_rows; b += STORE_THREADS) {
+            char * row = cell(r0 + b*QK/D);
+
+            if constexpr (type == GGML_TYPE_Q8_0) {
+                quantize_f32_q8_0_block(blocks[b], (block_q8_0 *) row + b%(D/QK));
+            } else {
+                quantize_f32_q4_0_block(blocks[b], (block_q4_0 *) row + b%(D/QK));
+            }
+        }
+    }
+}
+
+template <ggml_type type, int D>
+static void launch_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const auto rows = [&](const int i) {
+        const ggml_tensor * cur = dst->src[i];
+        return store_ragged_args::rows {
+            (const char *) cur->data, (char *) dst->src[2 + i]->data, (int64_t) cur->nb[1], (int64_t) cur->nb[2], ggml_get_op_params_i32(dst, i) > 0,
+        };
+    };
+
+    store_ragged_args args = {};
+
+    args.k      = rows(0);
+    args.v      = rows(1);
+    args.idxs   = (const int32_t *) dst->src[4]->data;
+    args.n_head = dst->src[0]->ne[1];
+    args.n_rows = ggml_nelements(dst->src[4]);
+
+    constexpr int n_warps = STORE_THREADS/WARP_SIZE;
+
+    ggml_cuda_kernel_launch(store_ragged<type, D>, { dim3((args.n_rows + n_warps - 1)/n_warps, 2), STORE_THREADS, 0, ctx.stream() }, args);
+}
+
+template <ggml_type type>
+static void launch_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[2]->ne[0]) {
+        case  64: launch_store_ragged<type,  64>(ctx, dst); break;
+        case  96: launch_store_ragged<type,  96>(ctx, dst); break;
+        case 128: launch_store_ragged<type, 128>(ctx, dst); break;
+        case 256: launch_store_ragged<type, 256>(ctx, dst); break;
+        case  80:
+            if constexpr (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16) {
+                launch_store_ragged<type, 80>(ctx, dst);
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+void ggml_cuda_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->type) {
+        case GGML_TYPE_F16:  launch_store_ragged<GGML_TYPE_F16> (ctx, dst); break;
+        case GGML_TYPE_BF16: launch_store_ragged<GGML_TYPE_BF16>(ctx, dst); break;
+        case GGML_TYPE_Q8_0: launch_store_ragged<GGML_TYPE_Q8_0>(ctx, dst); break;
+        case GGML_TYPE_Q4_0: launch_store_ragged<GGML_TYPE_Q4_0>(ctx, dst); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+//
 // KeyDiff
 //
 
@@ -2030,19 +2182,29 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
         return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
     };
 
+    // as the cache has them: a head of K as a whole, V by ROT_MIN
+    const auto is_rot = [](const ggml_tensor * k, const int n_rot_k, const int n_rot_v) {
+        return (n_rot_k == 0 || (n_rot_k == k->ne[0] && n_rot_k % ROT_MIN == 0)) && (n_rot_v == 0 || n_rot_v == ROT_MIN);
+    };
+    // read in pairs
+    const auto is_aligned = [](const ggml_tensor * t) { return t->nb[1] % 8 == 0 && t->nb[2] % 8 == 0; };
+
     switch (dst->op) {
         case GGML_OP_FLASH_ATTN_RAGGED: {
             const ggml_tensor * q = dst->src[0];
             const ggml_tensor * k = dst->src[1];
             const ggml_tensor * v = dst->src[2];
 
-            const int n_rot_k = ggml_get_op_params_i32(dst, 2);
-            const int n_rot_v = ggml_get_op_params_i32(dst, 3);
-
-            return (n_rot_k == 0 || (n_rot_k == k->ne[0] && n_rot_k % ROT_MIN == 0)) && (n_rot_v == 0 || n_rot_v == ROT_MIN) &&
-                cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
+            return cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
                 is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
-                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1]*dst->src[3]->ne[2] <= RAGGED_MAX_SEGS;
+                is_rot(k, ggml_get_op_params_i32(dst, 2), ggml_get_op_params_i32(dst, 3)) && is_aligned(q) && dst->src[3]->ne[1]*dst->src[3]->ne[2] <= RAGGED_MAX_SEGS;
+        }
+        case GGML_OP_STORE_RAGGED: {
+            const ggml_tensor * k = dst->src[2];
+            const ggml_tensor * v = dst->src[3];
+
+            return is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
+                is_rot(k, ggml_get_op_params_i32(dst, 0), ggml_get_op_params_i32(dst, 1)) && is_aligned(dst->src[0]) && is_aligned(dst->src[1]);
         }
         case GGML_OP_KEYDIFF_RAGGED: {
             const ggml_tensor * k = dst->src[0];
