@@ -1,6 +1,7 @@
 #include "llama-kv-cache-lukv.h"
 
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache-lukv-impl.h"
 #include "llama-model.h"
 
@@ -53,6 +54,10 @@ ggml_tensor * llama_kv_cache_lukv::get_v(ggml_context * ctx, llama_seq_id seq_id
     return view_cells(ctx, get_v(il), seq_id, il, ih, n_cells);
 }
 
+static ggml_tensor * rotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * rot) {
+    return rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
+}
+
 static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * cur, ggml_tensor * idxs) {
     // the heads may be a part of a larger tensor
     if (!ggml_is_contiguous(cur)) {
@@ -62,12 +67,18 @@ static ggml_tensor * cpy_rows(ggml_context * ctx, ggml_tensor * dst, ggml_tensor
     return ggml_set_rows(ctx, dst, ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]), idxs);
 }
 
-ggml_tensor * llama_kv_cache_lukv::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, int32_t il) const {
-    return cpy_rows(ctx, get_k(il), k_cur, view_idxs(ctx, idxs, il));
-}
+void llama_kv_cache_lukv::build_store(const llm_graph_context & gctx, const llm_graph_input_attn_kv_lukv * inp,
+        ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const {
+    ggml_context * ctx = gctx.ctx0;
 
-ggml_tensor * llama_kv_cache_lukv::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, int32_t il) const {
-    return cpy_rows(ctx, get_v(il), v_cur, view_idxs(ctx, idxs, il));
+    ggml_tensor * idxs = view_idxs(ctx, inp->on_device(gctx, inp->self_idxs, il), il);
+
+    if (ops[map_layer_ids.at(il)].store) {
+        ggml_build_forward_expand(gctx.gf, ggml_store_ragged(ctx, k_cur, v_cur, get_k(il), get_v(il), idxs, rot_k, rot_v));
+        return;
+    }
+    ggml_build_forward_expand(gctx.gf, cpy_rows(ctx, get_k(il), rotate(ctx, k_cur, inp->rot_k), idxs));
+    ggml_build_forward_expand(gctx.gf, cpy_rows(ctx, get_v(il), rotate(ctx, v_cur, inp->rot_v), idxs));
 }
 
 ggml_tensor * llama_kv_cache_lukv::view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const {
@@ -267,7 +278,7 @@ void llm_graph_input_attn_kv_lukv::set_input(const llama_ubatch * ubatch) {
         ggml_backend_tensor_memset(self_zeros, 0, 0, ggml_nbytes(self_zeros));
     }
 
-    for (ggml_tensor * rot : { self_k_rot, self_v_rot }) {
+    for (ggml_tensor * rot : { rot_k, rot_v }) {
         if (rot && rot->buffer) {
             llama_kv_cache_lukv::set_input_rot(rot);
         }
@@ -374,8 +385,8 @@ std::unique_ptr<llm_graph_input_attn_kv_lukv> build_attn_inp_kv_lukv(
         }
         return res;
     };
-    inp->self_k_rot = new_rot(kv->get_rot_k(), "attn_inp_k_rot_lukv");
-    inp->self_v_rot = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
+    inp->rot_k = new_rot(kv->get_rot_k(), "attn_inp_k_rot_lukv");
+    inp->rot_v = new_rot(kv->get_rot_v(), "attn_inp_v_rot_lukv");
 
     return inp;
 }
@@ -442,16 +453,16 @@ ggml_tensor * build_attn_lukv(
 
     const auto * kv = inp->mctx_lukv->get_kv();
 
-    ggml_tensor * idxs = inp->on_device(gctx, inp->self_idxs, il);
+    // what fits the keys as they are stored. the op for all heads rotates by itself: where nothing else asks for this, it is not computed
+    ggml_tensor * q_rot = rotate(ctx0, q_cur, inp->rot_k);
 
-    ggml_build_forward_expand(gctx.gf, kv->cpy_k(ctx0, k_cur, idxs, il));
-    ggml_build_forward_expand(gctx.gf, kv->cpy_v(ctx0, v_cur, idxs, il));
+    kv->build_store(gctx, inp, k_cur, v_cur, il);
 
     if (kv->get_queries().active()) {
-        kv->get_queries().build_store(gctx, inp->self_queries, q_cur, inp->self_k_rot, kq_scale, il, kv->has_scores_op(il));
+        kv->get_queries().build_store(gctx, inp->self_queries, q_rot, inp->rot_k, kq_scale, il, kv->has_scores_op(il));
     }
     if (kv->get_needs().attn_sums) {
-        kv->build_attn_sums(gctx, inp, q_cur, kq_scale, il);
+        kv->build_attn_sums(gctx, inp, q_rot, kq_scale, il);
     }
 
     const uint32_t n_head_kv = kv->get_params().n_head_kv;
@@ -461,7 +472,7 @@ ggml_tensor * build_attn_lukv(
         ggml_tensor * segs = kv->view_segs(ctx0, inp->on_device(gctx, inp->self_segs, il), il);
 
         ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il), segs, inp->self_n_hidden,
-                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f);
+                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f, kv->get_rot_k(), kv->get_rot_v());
 
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
         ggml_build_forward_expand(gctx.gf, cur);
@@ -474,7 +485,7 @@ ggml_tensor * build_attn_lukv(
     for (uint32_t ih = 0; ih < n_head_kv; ++ih) {
         const uint32_t n_cells = kv->get_n_cells(inp->seq_id, il, ih);
 
-        ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n_gqa, q_cur->ne[2], q_cur->nb[1], q_cur->nb[2], ih*n_gqa*q_cur->nb[1]);
+        ggml_tensor * q = ggml_view_3d(ctx0, q_rot, q_rot->ne[0], n_gqa, q_rot->ne[2], q_rot->nb[1], q_rot->nb[2], ih*n_gqa*q_rot->nb[1]);
         ggml_tensor * k = kv->get_k(ctx0, inp->seq_id, il, ih, n_cells);
         ggml_tensor * v = kv->get_v(ctx0, inp->seq_id, il, ih, n_cells);
 
@@ -494,7 +505,7 @@ ggml_tensor * build_attn_lukv(
         out = ggml_reshape_3d(ctx0, out, out->ne[0], 1, out->ne[1]);
     }
     ggml_tensor * cur = concat(ctx0, std::move(outs));
-    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]);
+    cur = rotate(ctx0, ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[2]), inp->rot_v);
     ggml_build_forward_expand(gctx.gf, cur);
 
     return cur;

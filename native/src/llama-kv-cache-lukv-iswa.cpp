@@ -202,9 +202,6 @@ llm_graph_input_attn_kv_lukv_iswa::llm_graph_input_attn_kv_lukv_iswa(
 
     const uint32_t n_stream = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
 
-    self_k_rot = base->self_k_rot;
-    self_v_rot = base->self_v_rot;
-
     self_k_idxs_swa = mctx_swa->build_input_k_idxs(ctx, ubatch);
     self_v_idxs_swa = mctx_swa->build_input_v_idxs(ctx, ubatch);
 

@@ -223,7 +223,7 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     }
 
     ggml_context_ptr ctx { ggml_init({
-        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     }) };
@@ -239,7 +239,11 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     ggml_tensor * scores = ggml_keydiff_ragged(ctx.get(), k, segs, anchors);
 
     layer_ops res;
-    res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f));
+    res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f, rot_k, rot_v));
+    res.store  = ggml_backend_dev_supports_op(dev, ggml_store_ragged(ctx.get(),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, k->ne[0], params.n_head_kv, 1),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, v->ne[0], params.n_head_kv, 1),
+            k, v, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, params.n_head_kv), rot_k, rot_v));
     res.score  = ggml_backend_dev_supports_op(dev, scores) && metric.name == "keydiff";
     res.select = ggml_backend_dev_supports_op(dev, ggml_bottom_k_ragged(ctx.get(), scores,
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));

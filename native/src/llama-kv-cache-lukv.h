@@ -198,9 +198,8 @@ public:
     // tokens of a ubatch for which the attention is one op for all layers, at most
     uint32_t n_tokens_ragged() const;
 
-    // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows idxs [n_head_kv*n_tokens, n_layer]
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * idxs, int32_t il) const;
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * idxs, int32_t il) const;
+    // store k_cur, v_cur [n_embd_head, n_head_kv, n_tokens] in the rows that inp names, quantised ones rotated
+    void build_store(const llm_graph_context & gctx, const llm_graph_input_attn_kv_lukv * inp, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il) const;
 
     // the part of an input that belongs to a layer
     ggml_tensor * view_idxs(ggml_context * ctx, ggml_tensor * idxs, int32_t il) const;
@@ -308,6 +307,7 @@ private:
     // what the device of a layer can do for all heads together
     struct layer_ops {
         bool attn   = false;
+        bool store  = false;
         bool score  = false;
         bool select = false;
 
@@ -566,6 +566,10 @@ public:
     ggml_tensor * self_n_hidden = nullptr; // I32 [n_tokens]
 
     ggml_tensor * self_zeros = nullptr; // F32 [1, n_head_kv*n_tokens], where the accumulated attention is computed head by head
+
+    // F32 [n, n], the rotations of quantised K and V. not where stock has them: who stores and attends also rotates
+    ggml_tensor * rot_k = nullptr;
+    ggml_tensor * rot_v = nullptr;
 
     llama_lukv_queries::graph_inputs self_queries;
 

@@ -4,6 +4,7 @@
 //     test-ragged-ops perf [cells] [layers] [tokens] [even]   time of the attention of one step and of the scores, 8 KV heads of size 128
 //
 // In perf, even = 1 gives all heads the same number of cells, and "uniform" is ggml_flash_attn_ext over as many cells as the ragged heads have on average.
+// "rotated" is "ragged" with queries and results rotated as quantised K and V are.
 
 #include "ggml-ragged.h"
 
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -160,6 +162,22 @@ static double quadratic_form_of_inverse(int n, std::vector<double> a, const floa
     return sum;
 }
 
+// each n of the numbers times the orthonormal Walsh-Hadamard matrix, by its definition
+template <typename T>
+static void rotate(std::vector<T> & x, int n) {
+    for (size_t first = 0; n > 0 && first < x.size(); first += n) {
+        std::vector<double> y(n);
+        for (int i = 0; i < n; ++i) {
+            for (int j = 0; j < n; ++j) {
+                y[i] += std::bitset<32>(i & j).count() % 2 ? -x[first + j] : x[first + j];
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            x[first + i] = y[i]/sqrt(n);
+        }
+    }
+}
+
 struct attn_case {
     ggml_type type;
     int  d;
@@ -171,11 +189,13 @@ struct attn_case {
     bool  sinks   = false;
     int   n_recent = 64; // cells of which some are hidden
     int   n_seqs   = 1;  // with n_tokens each
+    int   n_rot_k  = 0;
+    int   n_rot_v  = 0;
 
     std::string name() const {
         char buf[256];
-        snprintf(buf, sizeof(buf), "FLASH_ATTN_RAGGED(type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_tokens=%d,n_max=%d,n_recent=%d,n_seqs=%d,softcap=%g,sinks=%d)",
-                ggml_type_name(type), d, n_head_kv, n_gqa, n_tokens, n_max, n_recent, n_seqs, softcap, sinks);
+        snprintf(buf, sizeof(buf), "FLASH_ATTN_RAGGED(type=%s,d=%d,n_head_kv=%d,n_gqa=%d,n_tokens=%d,n_max=%d,n_recent=%d,n_seqs=%d,softcap=%g,sinks=%d,rot=%d/%d)",
+                ggml_type_name(type), d, n_head_kv, n_gqa, n_tokens, n_max, n_recent, n_seqs, softcap, sinks, n_rot_k, n_rot_v);
         return buf;
     }
 };
@@ -202,7 +222,7 @@ static double run_attn(ggml_backend_t backend, const attn_case & c) {
     const rows k(c.type, c.d, n_rows);
     const rows v(c.type, c.d, n_rows);
 
-    const auto q     = random_floats(c.d*n_head*n_tokens);
+    auto q = random_floats(c.d*n_head*n_tokens);
     const auto sinks = random_floats(n_head);
 
     const float scale = 1.0f/sqrtf(c.d);
@@ -223,12 +243,14 @@ static double run_attn(ggml_backend_t backend, const attn_case & c) {
             run.input(c.type, { c.d, n_rows }, v.data),
             run.input(GGML_TYPE_I32, { 2, c.n_head_kv, c.n_seqs }, segs),
             run.input(GGML_TYPE_I32, { n_tokens }, n_hidden),
-            c.sinks ? run.input(GGML_TYPE_F32, { n_head }, sinks) : nullptr, scale, c.softcap);
+            c.sinks ? run.input(GGML_TYPE_F32, { n_head }, sinks) : nullptr, scale, c.softcap, c.n_rot_k, c.n_rot_v);
 
     if (!run.supports(out)) {
         return -1.0;
     }
     const auto res = run.compute<float>(out);
+
+    rotate(q, c.n_rot_k);
 
     std::vector<double> ref(res.size(), 0.0);
     for (int t = 0; t < n_tokens; ++t) {
@@ -260,7 +282,71 @@ static double run_attn(ggml_backend_t backend, const attn_case & c) {
             }
         }
     }
+    rotate(ref, c.n_rot_v);
 
+    return nmse(res, ref);
+}
+
+// rows of K and V in any order. the others stay
+static double run_store(ggml_backend_t backend, ggml_type type, int d, int n_head_kv, int n_tokens, int n_rot_k, int n_rot_v) {
+    const int n      = n_head_kv*n_tokens;
+    const int n_rows = 2*n + 3;
+
+    std::vector<int32_t> idxs(n_rows);
+    std::iota(idxs.begin(), idxs.end(), 0);
+    std::shuffle(idxs.begin(), idxs.end(), rng);
+    idxs.resize(n);
+
+    runner run(backend);
+
+    // K and V of a token are parts of a larger row, as where one product gives both
+    const auto      cur_data = random_floats(2*d*n, 3.0f);
+    ggml_tensor   * cur      = run.input(GGML_TYPE_F32, { d, 2*n_head_kv, n_tokens }, cur_data);
+    ggml_tensor   * cells[2];
+    ggml_tensor   * parts[2];
+    std::vector<double> ref;
+
+    for (int i = 0; i < 2; ++i) {
+        const rows old(type, d, n_rows);
+        cells[i] = run.input(type, { d, n_rows }, old.data);
+        parts[i] = ggml_view_3d(run.ctx.get(), cur, d, n_head_kv, n_tokens, cur->nb[1], cur->nb[2], i*n_head_kv*cur->nb[1]);
+
+        auto values = old.values;
+        for (int r = 0; r < n; ++r) {
+            const auto first = cur_data.begin() + ((r/n_head_kv*2 + i)*n_head_kv + r%n_head_kv)*d;
+            std::vector<float> row(first, first + d);
+            rotate(row, i == 0 ? n_rot_k : n_rot_v);
+            if (type != GGML_TYPE_F32) {
+                std::vector<char> data(ggml_row_size(type, d));
+                ggml_quantize_chunk(type, row.data(), data.data(), 0, 1, d, nullptr);
+                ggml_get_type_traits(type)->to_float(data.data(), row.data(), d);
+            }
+            std::copy(row.begin(), row.end(), values.begin() + idxs[r]*d);
+        }
+        ref.insert(ref.end(), values.begin(), values.end());
+    }
+
+    ggml_tensor * out = ggml_store_ragged(run.ctx.get(), parts[0], parts[1], cells[0], cells[1],
+            run.input(GGML_TYPE_I32, { n }, idxs), n_rot_k, n_rot_v);
+    if (!run.supports(out)) {
+        return -1.0;
+    }
+    run.prepare({ out });
+    GGML_ASSERT(ggml_backend_graph_compute(backend, run.gf) == GGML_STATUS_SUCCESS);
+
+    std::vector<float> res;
+    for (ggml_tensor * t : cells) {
+        std::vector<char> data(ggml_nbytes(t));
+        ggml_backend_tensor_get(t, data.data(), 0, data.size());
+
+        std::vector<float> values(d*n_rows);
+        if (type == GGML_TYPE_F32) {
+            memcpy(values.data(), data.data(), data.size());
+        } else {
+            ggml_get_type_traits(type)->to_float(data.data(), values.data(), values.size());
+        }
+        res.insert(res.end(), values.begin(), values.end());
+    }
     return nmse(res, ref);
 }
 
@@ -814,9 +900,43 @@ static bool test(ggml_backend_t backend) {
         }
         cases.push_back({ type, 128, 2, 4, 40, 1000, 0.0f, false, 128, 3 });
         cases.push_back({ type, 128, 8, 4,  1,  400, 0.0f, false,  64, 32 });
+
+        // as the cache does it: each head of K as a whole, V by 64
+        for (int d : { 64, 128, 256 }) {
+            for (int n_tokens : { 1, 2, 5, 33, 100 }) {
+                cases.push_back({ type, d, 3, 4, n_tokens, 700, 0.0f, false, 128, 1, d, 64 });
+            }
+            cases.push_back({ type, d, 2, 7,  1, 2000, 0.0f, false,  64, 1, d, 64 });
+            cases.push_back({ type, d, 2, 16, 1, 2000, 0.0f, true,   64, 1, d, 64 });
+            cases.push_back({ type, d, 2, 3,  7,  700, 5.0f, true,   64, 3, d, 64 });
+            cases.push_back({ type, d, 2, 2,  1,  300, 0.0f, false,  64, 1, d, 0 });
+            cases.push_back({ type, d, 2, 2, 40,  300, 0.0f, false,  64, 1, 0, 64 });
+        }
+        cases.push_back({ type, 128, 8, 4,   1, 20000, 0.0f, false,  64, 1, 128, 64 });
+        cases.push_back({ type, 128, 2, 4, 130,  3000, 0.0f, false, 256, 1, 128, 64 });
+        cases.push_back({ type,  96, 2, 2,   3,   300, 0.0f, false,  64, 1,  32, 16 });
     }
     for (const auto & c : cases) {
         check(c.name(), run_attn(backend, c), c.type == GGML_TYPE_F32 ? 1e-9 : 1e-6);
+    }
+
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1 }) {
+        for (int d : { 64, 80, 96, 128, 256 }) {
+            if (d % ggml_blck_size(type) != 0) {
+                continue;
+            }
+            for (int n_tokens : { 1, 3, 70 }) {
+                for (bool rot : { false, true }) {
+                    if (rot && d % 64 != 0) {
+                        continue;
+                    }
+                    char name[256];
+                    snprintf(name, sizeof(name), "STORE_RAGGED(type=%s,d=%d,n_tokens=%d,rot=%d)", ggml_type_name(type), d, n_tokens, rot);
+                    // a number between two others may be rounded to either
+                    check(name, run_store(backend, type, d, 3, n_tokens, rot ? d : 0, rot ? 64 : 0), ggml_is_quantized(type) ? 1e-5 : 1e-7);
+                }
+            }
+        }
     }
 
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
@@ -909,8 +1029,10 @@ static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens,
     };
 
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        for (bool ragged : { false, true }) {
-            if (!ragged && type == GGML_TYPE_Q4_0) {
+        for (int kind : { 0, 1, 2 }) { // the last one rotates
+            const bool ragged = kind > 0;
+            const bool rot    = kind > 1;
+            if (type == GGML_TYPE_F16 ? rot : type == GGML_TYPE_Q4_0 && !ragged) {
                 continue;
             }
             runner run(backend);
@@ -941,7 +1063,7 @@ static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens,
                     kvs.push_back(ggml_new_tensor_2d(ctx, type, d, n_rows));
                     kvs.push_back(ggml_new_tensor_2d(ctx, type, d, n_rows));
                     outs.push_back(ggml_flash_attn_ragged(ctx, q, kvs[2*il], kvs[2*il + 1], run.input(GGML_TYPE_I32, { 2, n_head_kv }, segs),
-                            run.input(GGML_TYPE_I32, { n_tokens }, std::vector<int32_t>(n_tokens, 0)), nullptr, 1.0f/sqrtf(d), 0.0f));
+                            run.input(GGML_TYPE_I32, { n_tokens }, std::vector<int32_t>(n_tokens, 0)), nullptr, 1.0f/sqrtf(d), 0.0f, rot ? d : 0, rot ? 64 : 0));
                 } else {
                     kvs.push_back(ggml_new_tensor_3d(ctx, type, d, n_head_kv, n_cells));
                     kvs.push_back(ggml_new_tensor_3d(ctx, type, d, n_head_kv, n_cells));
@@ -964,9 +1086,29 @@ static void perf(ggml_backend_t backend, int n_cells, int n_layer, int n_tokens,
 
             const double ms = time_ms(backend, run.gf);
             printf("%s %5s %-8s %d cells x %d layers, %d tokens: %8.3f ms, %6.0f GB/s, %6.1f TFLOP/s\n", ggml_backend_name(backend), ggml_type_name(type),
-                    ragged ? "ragged" : "uniform", n_cells, n_layer, n_tokens, ms, bytes/ms*1e-6, 4.0*d*n_gqa*n_head_kv*n_cells*n_layer*n_tokens/ms*1e-9);
+                    rot ? "rotated" : ragged ? "ragged" : "uniform", n_cells, n_layer, n_tokens, ms, bytes/ms*1e-6, 4.0*d*n_gqa*n_head_kv*n_cells*n_layer*n_tokens/ms*1e-9);
 
-            if (ragged) {
+            if (rot || (ragged && type == GGML_TYPE_F16)) {
+                runner storing(backend);
+
+                std::vector<int32_t> idxs(n_head_kv*n_tokens);
+                std::iota(idxs.begin(), idxs.end(), 0);
+
+                std::vector<ggml_tensor *> stores;
+                for (int il = 0; il < n_layer; ++il) {
+                    const auto cur = [&]() {
+                        return storing.input(GGML_TYPE_F32, { d, n_head_kv, n_tokens }, random_floats(d*n_head_kv*n_tokens));
+                    };
+                    stores.push_back(ggml_store_ragged(storing.ctx.get(), cur(), cur(), kvs[2*il], kvs[2*il + 1],
+                            storing.input(GGML_TYPE_I32, { n_head_kv*n_tokens }, idxs), rot ? d : 0, rot ? 64 : 0));
+                }
+                storing.prepare(stores);
+
+                printf("%s %5s stores   %d layers, %d tokens: %8.3f ms\n", ggml_backend_name(backend), ggml_type_name(type),
+                        n_layer, n_tokens, time_ms(backend, storing.gf));
+            }
+
+            if (ragged && !rot) {
                 runner run_score(backend);
 
                 // as the cache calls it

@@ -16,6 +16,8 @@ extern "C" {
     // segs:     [2, n_head_kv, n_seqs]     I32: first row and number of cells of each KV head, which may be 0
     // n_hidden: [n_tokens]                 I32: how many of the last cells of each head the token does not see
     // sinks:    [n_head]                   F32, optional
+    // n_rot_k:  if K was multiplied with orthonormal Walsh-Hadamard matrices of this size, block by block of each row: so is q. 0 - none
+    // n_rot_v:  the same of V: the result is multiplied with them, which undoes that
     // res:      [n_embd, n_head, n_tokens] F32, 0 for a token that sees no cell
     GGML_API struct ggml_tensor * ggml_flash_attn_ragged(
             struct ggml_context * ctx,
@@ -26,7 +28,26 @@ extern "C" {
             struct ggml_tensor  * n_hidden,
             struct ggml_tensor  * sinks,
             float                 scale,
-            float                 logit_softcap);
+            float                 logit_softcap,
+            int32_t               n_rot_k,
+            int32_t               n_rot_v);
+
+    // stores rows of K and V. as ggml_set_rows for both, with the rotation that ggml_flash_attn_ragged expects
+    //
+    // k_cur: [n_embd, n_head_kv, n_tokens] F32, rows contiguous
+    // v_cur: the same
+    // k, v:  [n_embd, n_rows]
+    // idxs:  [n_head_kv*n_tokens]          I32: the row of each, none twice
+    // res:   a view of k
+    GGML_API struct ggml_tensor * ggml_store_ragged(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * k_cur,
+            struct ggml_tensor  * v_cur,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * v,
+            struct ggml_tensor  * idxs,
+            int32_t               n_rot_k,
+            int32_t               n_rot_v);
 
     // KeyDiff scores: -<k/|k|, anchor>, where the anchors are sums of normalised keys. their length does not change the order
     // ref: https://arxiv.org/abs/2504.15364

@@ -2,6 +2,10 @@
 
 #include "ggml-impl.h"
 
+static bool is_rot_size(int32_t n_rot, int64_t n_embd) {
+    return n_rot == 0 || (n_rot > 0 && (n_rot & (n_rot - 1)) == 0 && n_embd % n_rot == 0);
+}
+
 struct ggml_tensor * ggml_flash_attn_ragged(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -11,13 +15,17 @@ struct ggml_tensor * ggml_flash_attn_ragged(
         struct ggml_tensor  * n_hidden,
         struct ggml_tensor  * sinks,
         float                 scale,
-        float                 logit_softcap) {
+        float                 logit_softcap,
+        int32_t               n_rot_k,
+        int32_t               n_rot_v) {
     GGML_ASSERT(q->type        == GGML_TYPE_F32);
     GGML_ASSERT(segs->type     == GGML_TYPE_I32);
     GGML_ASSERT(n_hidden->type == GGML_TYPE_I32);
 
     GGML_ASSERT(q->ne[0] == k->ne[0]);
     GGML_ASSERT(k->ne[1] == v->ne[1]);
+    GGML_ASSERT(is_rot_size(n_rot_k, k->ne[0]));
+    GGML_ASSERT(is_rot_size(n_rot_v, v->ne[0]));
     GGML_ASSERT(segs->ne[0] == 2);
     GGML_ASSERT(q->ne[1] % segs->ne[1] == 0);
     GGML_ASSERT(segs->ne[3] == 1);
@@ -39,8 +47,10 @@ struct ggml_tensor * ggml_flash_attn_ragged(
 
     struct ggml_tensor * result = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2]);
 
-    float params[] = { scale, logit_softcap };
-    ggml_set_op_params(result, params, sizeof(params));
+    ggml_set_op_params_f32(result, 0, scale);
+    ggml_set_op_params_f32(result, 1, logit_softcap);
+    ggml_set_op_params_i32(result, 2, n_rot_k);
+    ggml_set_op_params_i32(result, 3, n_rot_v);
 
     result->op     = GGML_OP_FLASH_ATTN_RAGGED;
     result->src[0] = q;
@@ -49,6 +59,49 @@ struct ggml_tensor * ggml_flash_attn_ragged(
     result->src[3] = segs;
     result->src[4] = n_hidden;
     result->src[5] = sinks;
+
+    return result;
+}
+
+struct ggml_tensor * ggml_store_ragged(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * k_cur,
+        struct ggml_tensor  * v_cur,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * idxs,
+        int32_t               n_rot_k,
+        int32_t               n_rot_v) {
+    GGML_ASSERT(k_cur->type == GGML_TYPE_F32);
+    GGML_ASSERT(v_cur->type == GGML_TYPE_F32);
+    GGML_ASSERT(idxs->type  == GGML_TYPE_I32);
+
+    GGML_ASSERT(k_cur->ne[0] == k->ne[0]);
+    GGML_ASSERT(v_cur->ne[0] == v->ne[0]);
+    GGML_ASSERT(k_cur->ne[1] == v_cur->ne[1]);
+    GGML_ASSERT(k_cur->ne[2] == v_cur->ne[2]);
+    GGML_ASSERT(k_cur->ne[3] == 1 && v_cur->ne[3] == 1);
+    GGML_ASSERT(k_cur->ne[1]*k_cur->ne[2] == ggml_nelements(idxs));
+    GGML_ASSERT(is_rot_size(n_rot_k, k->ne[0]));
+    GGML_ASSERT(is_rot_size(n_rot_v, v->ne[0]));
+
+    GGML_ASSERT(ggml_is_contiguous_rows(k_cur));
+    GGML_ASSERT(ggml_is_contiguous_rows(v_cur));
+    GGML_ASSERT(ggml_is_contiguous(k));
+    GGML_ASSERT(ggml_is_contiguous(v));
+    GGML_ASSERT(ggml_is_contiguous(idxs));
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, k);
+
+    ggml_set_op_params_i32(result, 0, n_rot_k);
+    ggml_set_op_params_i32(result, 1, n_rot_v);
+
+    result->op     = GGML_OP_STORE_RAGGED;
+    result->src[0] = k_cur;
+    result->src[1] = v_cur;
+    result->src[2] = k;
+    result->src[3] = v;
+    result->src[4] = idxs;
 
     return result;
 }

@@ -5,6 +5,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -57,6 +58,24 @@ static inline uint32_t float_to_ordered(float x) {
     memcpy(&u, &x, sizeof(u));
 
     return x != x ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
+}
+
+// multiplies each n_rot of d numbers with the orthonormal Walsh-Hadamard matrix. n_rot = 0: leaves them as they are
+static inline void hadamard(int d, int n_rot, float * x) {
+    for (int m = 1; m < n_rot; m *= 2) {
+        for (int i = 0; i < d; i += 2*m) {
+            for (int j = i; j < i + m; ++j) {
+                const float a = x[j];
+                const float b = x[j + m];
+
+                x[j]     = a + b;
+                x[j + m] = a - b;
+            }
+        }
+    }
+    if (n_rot > 0) {
+        ggml_vec_scale_f32(d, x, 1.0f/sqrtf(n_rot));
+    }
 }
 
 // res[i] = scale*<k[i], q> for n rows of k

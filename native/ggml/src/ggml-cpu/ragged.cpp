@@ -62,6 +62,8 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
     if (logit_softcap != 0.0f) {
         scale /= logit_softcap;
     }
+    const int n_rot_k = ggml_get_op_params_i32(dst, 2);
+    const int n_rot_v = ggml_get_op_params_i32(dst, 3);
 
     float * work     = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float));
     float * scratch  = work + ith*scratch_size(dst);
@@ -103,6 +105,7 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
 
         for (int i = 0; i < n_q; ++i) {
             memcpy(Q + i*DK, (const char *) q->data + token(is, i)*q->nb[2] + head(is, i)*q->nb[1], DK*sizeof(float));
+            hadamard(DK, n_rot_k, Q + i*DK);
         }
 
         for (int c = first; c < last; c += TILE) {
@@ -175,6 +178,37 @@ void ggml_compute_forward_flash_attn_ragged(const ggml_compute_params * params, 
         }
         if (sum > 0.0f) {
             ggml_vec_scale_f32(DV, out, 1.0f/sum);
+        }
+        hadamard(DV, n_rot_v, out);
+    }
+}
+
+//
+// rows of K and V
+//
+
+static int64_t store_scratch_size(const ggml_tensor * dst) {
+    return GGML_PAD(std::max(dst->src[0]->ne[0], dst->src[1]->ne[0]), PAD_F32);
+}
+
+void ggml_compute_forward_store_ragged(const ggml_compute_params * params, ggml_tensor * dst) {
+    float * row = (float *) GGML_PAD((uintptr_t) params->wdata, PAD_F32*sizeof(float)) + params->ith*store_scratch_size(dst);
+
+    const int32_t * idxs = (const int32_t *) dst->src[4]->data;
+
+    for (int i = 0; i < 2; ++i) {
+        const ggml_tensor * cur   = dst->src[i];
+        const ggml_tensor * cells = dst->src[2 + i];
+
+        const int64_t D     = cur->ne[0];
+        const int     n_rot = ggml_get_op_params_i32(dst, i);
+
+        const ggml_from_float_t from_float = ggml_get_type_traits_cpu(cells->type)->from_float;
+
+        for (int64_t r = params->ith; r < cur->ne[1]*cur->ne[2]; r += params->nth) {
+            memcpy(row, (const char *) cur->data + r/cur->ne[1]*cur->nb[2] + r%cur->ne[1]*cur->nb[1], D*sizeof(float));
+            hadamard(D, n_rot, row);
+            from_float(row, (char *) cells->data + idxs[r]*cells->nb[1], D);
         }
     }
 }
@@ -253,6 +287,8 @@ size_t ggml_ragged_work_size(const ggml_tensor * dst, int n_tasks) {
         case GGML_OP_FLASH_ATTN_RAGGED:
             // scratch [n_tasks], then partial results [n_tasks][n_segments][n_queries]
             return sizeof(float)*(n_tasks*(scratch_size(dst) + n_segments(dst)*n_queries(dst)*partial_size(dst)) + PAD_F32);
+        case GGML_OP_STORE_RAGGED:
+            return sizeof(float)*(n_tasks*store_scratch_size(dst) + PAD_F32);
         case GGML_OP_KEYDIFF_RAGGED:
             return sizeof(float)*(n_tasks*keydiff_scratch_size(dst) + PAD_F32);
         case GGML_OP_BOTTOM_K_RAGGED:

@@ -9,6 +9,7 @@ extern "C" {
 struct ggml_compute_params;
 
 void ggml_compute_forward_flash_attn_ragged(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_store_ragged     (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_keydiff_ragged   (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_bottom_k_ragged  (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void ggml_compute_forward_scores_ragged    (const struct ggml_compute_params * params, struct ggml_tensor * dst);

@@ -1,4 +1,5 @@
 #include "convert.cuh"
+#include "cpy-utils.cuh"
 #include "ragged.cuh"
 
 #include <algorithm>
@@ -184,6 +185,42 @@ static __device__ __forceinline__ void load_chunk_f32(const char * row, const in
 }
 
 //
+// rotation
+//
+
+static constexpr int ROT_MIN = 2*WARP_SIZE; // two numbers for each lane
+
+// multiplies N*ROT_MIN numbers with the orthonormal Walsh-Hadamard matrix. x[j] are the numbers j*ROT_MIN + 2*lane and the next one
+template <int N>
+static __device__ __forceinline__ void hadamard(float2 x[N]) {
+    const float scale = rsqrtf(N*ROT_MIN);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        x[j] = make_float2(scale*(x[j].x + x[j].y), scale*(x[j].x - x[j].y));
+#pragma unroll
+        for (int i = 1; i < WARP_SIZE; i *= 2) {
+            const float2 y    = make_float2(__shfl_xor_sync(0xFFFFFFFF, x[j].x, i, WARP_SIZE), __shfl_xor_sync(0xFFFFFFFF, x[j].y, i, WARP_SIZE));
+            const float  sign = threadIdx.x & i ? -1.0f : 1.0f;
+
+            x[j] = make_float2(y.x + sign*x[j].x, y.y + sign*x[j].y);
+        }
+    }
+#pragma unroll
+    for (int i = 1; i < N; i *= 2) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            if ((j & i) == 0) {
+                const float2 a = x[j];
+                const float2 b = x[j + i];
+
+                x[j]     = make_float2(a.x + b.x, a.y + b.y);
+                x[j + i] = make_float2(a.x - b.x, a.y - b.y);
+            }
+        }
+    }
+}
+
+//
 // attention
 //
 
@@ -212,6 +249,8 @@ struct fattn_ragged_args {
 
     float scale;
     float logit_softcap;     // 0 - none
+
+    bool rot_q;              // each query is multiplied with the Walsh-Hadamard matrix of size D
 
     // of a query
     __device__ __forceinline__ int token(const int seg, const int row) const { return seg/n_head_kv*n_tokens + row/n_gqa; }
@@ -285,6 +324,11 @@ struct fattn_ragged_words_config {
     static constexpr int STAGE_BYTES    = 2*STAGE_BYTES_KV;
 
     static constexpr int GROUP_BYTES = STAGES*STAGE_BYTES;
+
+    // queries as f16, on their way into fragments: in the last stage of the warp that loads them. lanes read 4 words of 8 rows each
+    static constexpr int Q_WORDS = D/2 + 8;
+    static_assert((ROWS + WC - 1)/WC*Q_WORDS*4 <= STAGE_BYTES, "bad config");
+
     static constexpr int MERGE_BYTES = WC*ROWS*(D + 2)*(int) sizeof(float);
     static constexpr int SMEM_BYTES  = WC*GROUP_BYTES > MERGE_BYTES ? WC*GROUP_BYTES : MERGE_BYTES;
 
@@ -301,6 +345,10 @@ struct fattn_ragged_words_config {
 
     static __device__ __forceinline__ int cell(const int j, const int i) {
         return j/STEP*8*STEP + i*STEP + j%STEP;
+    }
+
+    static __device__ __forceinline__ uint32_t * query(char * smem, const int r) {
+        return (uint32_t *) (smem + r%WC*GROUP_BYTES + (STAGES - 1)*STAGE_BYTES) + r/WC*Q_WORDS;
     }
 
     // The 32 integers of a block are 8 words of a byte each (q4_0: the low halves of the bytes are words 0 to 3, the high ones the
@@ -926,22 +974,37 @@ static __global__ void fattn_ragged_words(const fattn_ragged_args args) {
 
         const float q_scale = args.q_scale();
 
+#pragma unroll 1
+        for (int r = warp; r < C::ROWS; r += C::WC) {
+            const float * row = (const float *) (args.q + args.token(seg, r)*args.nb_q2 + args.head(seg, r)*args.nb_q1);
+
+            float2 q[D/ROT_MIN];
+#pragma unroll
+            for (int j = 0; j < D/ROT_MIN; ++j) {
+                q[j] = r < args.n_rows ? ((const float2 *) row)[j*WARP_SIZE + lane] : make_float2(0.0f, 0.0f);
+            }
+            if (args.rot_q && r < args.n_rows) {
+                hadamard<D/ROT_MIN>(q);
+            }
+#pragma unroll
+            for (int j = 0; j < D/ROT_MIN; ++j) {
+                C::query(smem, r)[j*WARP_SIZE + lane] = pack_f16(q_scale*q[j].x, q_scale*q[j].y);
+            }
+        }
+        __syncthreads();
+
         uint32_t q_frag[NQ][D/16][2];
 #pragma unroll
         for (int nq = 0; nq < NQ; ++nq) {
-            const int     r   = nq*8 + fr;
-            const float * row = (const float *) (args.q + args.token(seg, r)*args.nb_q2 + args.head(seg, r)*args.nb_q1);
 #pragma unroll
             for (int ks = 0; ks < D/16; ++ks) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int    col = ks/2*32 + C::element(ks/2%2, ks%2*4 + ft, h);
-                    const float2 f   = r < args.n_rows ? *(const float2 *) (row + col) : make_float2(0.0f, 0.0f);
-
-                    q_frag[nq][ks][h] = pack_f16(q_scale*f.x, q_scale*f.y);
+                    q_frag[nq][ks][h] = C::query(smem, nq*8 + fr)[(ks/2*32 + C::element(ks/2%2, ks%2*4 + ft, h))/2];
                 }
             }
         }
+        __syncthreads(); // the last stages are free
 
         // the cells that the queries see, and those that all of them do
         int n_seen[NQ][2];
@@ -1256,7 +1319,8 @@ struct unit_parts {
 static constexpr int COMBINE_THREADS = 256;
 
 // few queries, many partial results: one block for each query and WIDTH columns
-template <int D, int WIDTH>
+// rot - these columns are multiplied with the Walsh-Hadamard matrix
+template <int D, int WIDTH, bool rot>
 __launch_bounds__(COMBINE_THREADS)
 static __global__ void fattn_ragged_combine_parts(
         const fattn_ragged_args args,
@@ -1319,17 +1383,36 @@ static __global__ void fattn_ragged_combine_parts(
     acc[threadIdx.x] = o;
     __syncthreads();
 
-    if (threadIdx.x < WIDTH) {
+    float * row = dst + ((int64_t) args.token(seg, r)*args.n_head_kv*args.n_gqa + head)*D;
+
+    if constexpr (rot) {
+        static_assert(WIDTH == ROT_MIN, "bad width");
+
+        if (threadIdx.x < WARP_SIZE) {
+            float2 sum[1] = {};
+#pragma unroll
+            for (int g = 0; g < n_groups; ++g) {
+                const float2 x = ((const float2 *) acc)[g*WARP_SIZE + threadIdx.x];
+                sum[0].x += x.x;
+                sum[0].y += x.y;
+            }
+            hadamard<1>(sum);
+
+            const float inv = l > 0.0f ? 1.0f/l : 0.0f;
+            ((float2 *) row)[blockIdx.y*WARP_SIZE + threadIdx.x] = make_float2(inv*sum[0].x, inv*sum[0].y);
+        }
+    } else if (threadIdx.x < WIDTH) {
 #pragma unroll
         for (int g = 1; g < n_groups; ++g) {
             o += acc[g*WIDTH + threadIdx.x];
         }
-        dst[((int64_t) args.token(seg, r)*args.n_head_kv*args.n_gqa + head)*D + d] = l > 0.0f ? o/l : 0.0f;
+        row[d] = l > 0.0f ? o/l : 0.0f;
     }
 }
 
 // many queries, few partial results: one warp for each query
-template <int D>
+// rot - each ROT_MIN columns are multiplied with the Walsh-Hadamard matrix
+template <int D, bool rot>
 __launch_bounds__(COMBINE_THREADS)
 static __global__ void fattn_ragged_combine_rows(
         const fattn_ragged_args args,
@@ -1392,10 +1475,42 @@ static __global__ void fattn_ragged_combine_rows(
     const float inv = l > 0.0f ? 1.0f/l : 0.0f;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
+        if constexpr (rot) {
+            hadamard<1>(o + j);
+        }
         const int d = j*WARP_SIZE + lane;
         if (D/2 % WARP_SIZE == 0 || d < D/2) {
             ((float2 *) (dst + ((int64_t) args.token(seg, r)*args.n_head_kv*args.n_gqa + head)*D))[d] = make_float2(inv*o[j].x, inv*o[j].y);
         }
+    }
+}
+
+// many queries: rotated before they are read again and again. one warp for each
+template <int D>
+__launch_bounds__(COMBINE_THREADS)
+static __global__ void fattn_ragged_rotate_q(const fattn_ragged_args args, float * dst, const int n_rows) {
+    const int row  = (blockIdx.x*COMBINE_THREADS + threadIdx.x)/WARP_SIZE;
+    const int lane = threadIdx.x % WARP_SIZE;
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    if (row >= n_rows) {
+        return;
+    }
+    const int n_head = args.n_head_kv*args.n_gqa;
+
+    const float2 * src = (const float2 *) (args.q + row/n_head*args.nb_q2 + row%n_head*args.nb_q1);
+
+    float2 q[D/ROT_MIN];
+#pragma unroll
+    for (int j = 0; j < D/ROT_MIN; ++j) {
+        q[j] = src[j*WARP_SIZE + lane];
+    }
+    hadamard<D/ROT_MIN>(q);
+#pragma unroll
+    for (int j = 0; j < D/ROT_MIN; ++j) {
+        ((float2 *) (dst + (int64_t) row*D))[j*WARP_SIZE + lane] = q[j];
     }
 }
 
@@ -1440,19 +1555,24 @@ static void launch_fattn_ragged(
     float       * res   = (float *) dst->data;
     const float * sinks = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
 
-    if constexpr (C::WM == 1) {
-        constexpr int WIDTH = C::D % 32 == 0 ? 32 : 16;
+    constexpr bool can_rot = C::D % ROT_MIN == 0;
 
-        const dim3 grid(args.n_segs*args.n_rows, C::D/WIDTH);
-        ggml_cuda_kernel_launch(fattn_ragged_combine_parts<C::D, WIDTH>, { grid, COMBINE_THREADS, n_blocks*(int) sizeof(float), ctx.stream() },
-                args, res, sinks, n_blocks, C::ROWS, C::TILE);
+    const bool rot = can_rot && ggml_get_op_params_i32(dst, 3) > 0;
+
+    if constexpr (C::WM == 1) {
+        constexpr int WIDTH     = C::D % 32 == 0 ? 32 : 16;
+        constexpr int WIDTH_ROT = can_rot ? ROT_MIN : WIDTH;
+
+        const dim3 grid(args.n_segs*args.n_rows, C::D/(rot ? WIDTH_ROT : WIDTH));
+        ggml_cuda_kernel_launch(rot ? fattn_ragged_combine_parts<C::D, WIDTH_ROT, can_rot> : fattn_ragged_combine_parts<C::D, WIDTH, false>,
+                { grid, COMBINE_THREADS, n_blocks*(int) sizeof(float), ctx.stream() }, args, res, sinks, n_blocks, C::ROWS, C::TILE);
     } else {
         constexpr int rows_block = COMBINE_THREADS/WARP_SIZE;
         static_assert(C::ROWS % rows_block == 0, "bad config");
 
         const dim3 grid((args.n_rows + rows_block - 1)/rows_block, args.n_segs);
-        ggml_cuda_kernel_launch(fattn_ragged_combine_rows<C::D>, { grid, COMBINE_THREADS, 0, ctx.stream() },
-                args, res, sinks, n_blocks, C::ROWS, C::TILE);
+        ggml_cuda_kernel_launch(rot ? fattn_ragged_combine_rows<C::D, can_rot> : fattn_ragged_combine_rows<C::D, false>,
+                { grid, COMBINE_THREADS, 0, ctx.stream() }, args, res, sinks, n_blocks, C::ROWS, C::TILE);
     }
 }
 
@@ -1468,10 +1588,10 @@ static void launch_fattn_ragged_words(ggml_backend_cuda_context & ctx, ggml_tens
 }
 
 template <ggml_type type, int D>
-static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fattn_ragged_args & args) {
-    constexpr bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst, fattn_ragged_args args) {
+    constexpr bool words = (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0) && D % 64 == 0;
 
-    if constexpr (quantized && D % 64 == 0) {
+    if constexpr (words) {
         if (args.n_rows <= 8) {
             launch_fattn_ragged_words<type, D, 1>(ctx, dst, args);
             return;
@@ -1480,7 +1600,24 @@ static void launch_fattn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * d
             launch_fattn_ragged_words<type, D, 2>(ctx, dst, args);
             return;
         }
-    } else {
+    }
+
+    // the other kernel does not rotate queries
+    ggml_cuda_pool_alloc<float> q_rot(ctx.pool());
+    if constexpr (D % ROT_MIN == 0) {
+        if (args.rot_q) {
+            const int n_rows = ggml_nrows(dst);
+            ggml_cuda_kernel_launch(fattn_ragged_rotate_q<D>,
+                    { dim3((n_rows*WARP_SIZE + COMBINE_THREADS - 1)/COMBINE_THREADS), COMBINE_THREADS, 0, ctx.stream() },
+                    args, q_rot.alloc(n_rows*D), n_rows);
+
+            args.q     = (const char *) q_rot.get();
+            args.nb_q1 = D*sizeof(float);
+            args.nb_q2 = args.nb_q1*args.n_head_kv*args.n_gqa;
+        }
+    }
+
+    if constexpr (!words) {
         if (args.n_rows <= 16) {
             // 96 KiB of shared memory, which every device since Ampere has
             constexpr int WC   = D > 128 ? 2 : 4;
@@ -1541,6 +1678,7 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
 
     args.scale         = ggml_get_op_params_f32(dst, 0);
     args.logit_softcap = ggml_get_op_params_f32(dst, 1);
+    args.rot_q         = ggml_get_op_params_i32(dst, 2) > 0;
 
     // with many queries a tile would be dequantised again and again
     ggml_cuda_pool_alloc<half> k_f16(ctx.pool());
@@ -1570,6 +1708,157 @@ void ggml_cuda_flash_attn_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * 
     GGML_UNUSED_VARS(ctx, dst);
     GGML_ABORT("not available");
 #endif // RAGGED_AVAILABLE
+}
+
+//
+// new rows of K and V
+//
+
+static constexpr int STORE_THREADS = 128;
+
+struct store_ragged_args {
+    struct rows {
+        const char * cur;   // F32 [D, n_head, n_tokens]
+        char       * cells;
+        int64_t      nb1;   // of cur
+        int64_t      nb2;
+        bool         rot;
+    };
+    rows k;
+    rows v;
+
+    const int32_t * idxs;
+
+    int n_head;
+    int n_rows; // n_head*n_tokens
+};
+
+// a warp reads and rotates a row, a thread quantises a block
+template <ggml_type type, int D>
+__launch_bounds__(STORE_THREADS)
+static __global__ void store_ragged(const store_ragged_args args) {
+    constexpr bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+
+    constexpr int N       = (D/2 + WARP_SIZE - 1)/WARP_SIZE;
+    constexpr int N_WARPS = STORE_THREADS/WARP_SIZE;
+    constexpr int QK      = QK8_0;
+    static_assert(QK8_0 == QK4_0, "bad block");
+
+    __shared__ float blocks[quantized ? N_WARPS*D/QK : 1][QK + 1]; // in different banks
+
+    const int warp = threadIdx.x / WARP_SIZE;
+    const int lane = threadIdx.x % WARP_SIZE;
+
+    const bool is_k = blockIdx.y == 0;
+
+    const store_ragged_args::rows rows = is_k ? args.k : args.v;
+
+    const int r0 = blockIdx.x*N_WARPS;
+    const int r  = r0 + warp;
+
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    const auto cell = [&](const int r) { return rows.cells + args.idxs[r]*(int64_t) row_bytes(type, D); };
+
+    if (r < args.n_rows) {
+        const float2 * src = (const float2 *) (rows.cur + r/args.n_head*rows.nb2 + r%args.n_head*rows.nb1);
+
+        float2 x[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int d = j*WARP_SIZE + lane;
+            x[j] = D/2 % WARP_SIZE == 0 || d < D/2 ? src[d] : make_float2(0.0f, 0.0f);
+        }
+        if constexpr (D % ROT_MIN == 0) {
+            if (rows.rot && is_k) {
+                hadamard<N>(x);
+            } else if (rows.rot) {
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    hadamard<1>(x + j);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int d = j*WARP_SIZE + lane;
+            if (D/2 % WARP_SIZE != 0 && d >= D/2) {
+                continue;
+            }
+            if constexpr (type == GGML_TYPE_F16) {
+                ((half2 *) cell(r))[d] = ggml_cuda_cast<half2>(x[j]);
+            } else if constexpr (type == GGML_TYPE_BF16) {
+                ((nv_bfloat162 *) cell(r))[d] = ggml_cuda_cast<nv_bfloat162>(x[j]);
+            } else {
+                float * block = blocks[(warp*D + 2*d)/QK] + 2*d%QK;
+                block[0] = x[j].x;
+                block[1] = x[j].y;
+            }
+        }
+    }
+
+    if constexpr (quantized) {
+        __syncthreads();
+
+        for (int b = threadIdx.x; b < N_WARPS*D/QK && r0 + b*QK/D < args.n_rows; b += STORE_THREADS) {
+            char * row = cell(r0 + b*QK/D);
+
+            if constexpr (type == GGML_TYPE_Q8_0) {
+                quantize_f32_q8_0_block(blocks[b], (block_q8_0 *) row + b%(D/QK));
+            } else {
+                quantize_f32_q4_0_block(blocks[b], (block_q4_0 *) row + b%(D/QK));
+            }
+        }
+    }
+}
+
+template <ggml_type type, int D>
+static void launch_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const auto rows = [&](const int i) {
+        const ggml_tensor * cur = dst->src[i];
+        return store_ragged_args::rows {
+            (const char *) cur->data, (char *) dst->src[2 + i]->data, (int64_t) cur->nb[1], (int64_t) cur->nb[2], ggml_get_op_params_i32(dst, i) > 0,
+        };
+    };
+
+    store_ragged_args args = {};
+
+    args.k      = rows(0);
+    args.v      = rows(1);
+    args.idxs   = (const int32_t *) dst->src[4]->data;
+    args.n_head = dst->src[0]->ne[1];
+    args.n_rows = ggml_nelements(dst->src[4]);
+
+    constexpr int n_warps = STORE_THREADS/WARP_SIZE;
+
+    ggml_cuda_kernel_launch(store_ragged<type, D>, { dim3((args.n_rows + n_warps - 1)/n_warps, 2), STORE_THREADS, 0, ctx.stream() }, args);
+}
+
+template <ggml_type type>
+static void launch_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[2]->ne[0]) {
+        case  64: launch_store_ragged<type,  64>(ctx, dst); break;
+        case  96: launch_store_ragged<type,  96>(ctx, dst); break;
+        case 128: launch_store_ragged<type, 128>(ctx, dst); break;
+        case 256: launch_store_ragged<type, 256>(ctx, dst); break;
+        case  80:
+            if constexpr (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16) {
+                launch_store_ragged<type, 80>(ctx, dst);
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+void ggml_cuda_store_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->type) {
+        case GGML_TYPE_F16:  launch_store_ragged<GGML_TYPE_F16> (ctx, dst); break;
+        case GGML_TYPE_BF16: launch_store_ragged<GGML_TYPE_BF16>(ctx, dst); break;
+        case GGML_TYPE_Q8_0: launch_store_ragged<GGML_TYPE_Q8_0>(ctx, dst); break;
+        case GGML_TYPE_Q4_0: launch_store_ragged<GGML_TYPE_Q4_0>(ctx, dst); break;
+        default: GGML_ABORT("fatal error");
+    }
 }
 
 //
@@ -1893,6 +2182,13 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
         return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
     };
 
+    // as the cache has them: a head of K as a whole, V by ROT_MIN
+    const auto is_rot = [](const ggml_tensor * k, const int n_rot_k, const int n_rot_v) {
+        return (n_rot_k == 0 || (n_rot_k == k->ne[0] && n_rot_k % ROT_MIN == 0)) && (n_rot_v == 0 || n_rot_v == ROT_MIN);
+    };
+    // read in pairs
+    const auto is_aligned = [](const ggml_tensor * t) { return t->nb[1] % 8 == 0 && t->nb[2] % 8 == 0; };
+
     switch (dst->op) {
         case GGML_OP_FLASH_ATTN_RAGGED: {
             const ggml_tensor * q = dst->src[0];
@@ -1901,7 +2197,14 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
 
             return cc >= GGML_CUDA_CC_AMPERE && cc < GGML_CUDA_CC_OFFSET_AMD &&
                 is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
-                q->nb[1] % 8 == 0 && q->nb[2] % 8 == 0 && dst->src[3]->ne[1]*dst->src[3]->ne[2] <= RAGGED_MAX_SEGS;
+                is_rot(k, ggml_get_op_params_i32(dst, 2), ggml_get_op_params_i32(dst, 3)) && is_aligned(q) && dst->src[3]->ne[1]*dst->src[3]->ne[2] <= RAGGED_MAX_SEGS;
+        }
+        case GGML_OP_STORE_RAGGED: {
+            const ggml_tensor * k = dst->src[2];
+            const ggml_tensor * v = dst->src[3];
+
+            return is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
+                is_rot(k, ggml_get_op_params_i32(dst, 0), ggml_get_op_params_i32(dst, 1)) && is_aligned(dst->src[0]) && is_aligned(dst->src[1]);
         }
         case GGML_OP_KEYDIFF_RAGGED: {
             const ggml_tensor * k = dst->src[0];
