@@ -453,7 +453,7 @@ ggml_tensor * build_attn_lukv(
 
     const auto * kv = inp->mctx_lukv->get_kv();
 
-    // what fits the keys as they are stored. the op for all heads rotates by itself: where nothing else asks for this, it is not computed
+    // what fits the keys as they are stored. where the op for all heads rotates by itself and nothing else asks for this, it is not computed
     ggml_tensor * q_rot = rotate(ctx0, q_cur, inp->rot_k);
 
     kv->build_store(gctx, inp, k_cur, v_cur, il);
@@ -471,10 +471,14 @@ ggml_tensor * build_attn_lukv(
     if (kv->use_ragged(il, gctx.n_tokens)) {
         ggml_tensor * segs = kv->view_segs(ctx0, inp->on_device(gctx, inp->self_segs, il), il);
 
-        ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, q_cur, kv->get_k(il), kv->get_v(il), segs, inp->self_n_hidden,
-                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f, kv->get_rot_k(), kv->get_rot_v());
+        const bool inside = kv->has_rotating_op(il);
+
+        ggml_tensor * cur = ggml_flash_attn_ragged(ctx0, inside ? q_cur : q_rot, kv->get_k(il), kv->get_v(il), segs, inp->self_n_hidden,
+                sinks, kq_scale, gctx.hparams.attn_soft_cap ? gctx.hparams.f_attn_logit_softcapping : 0.0f,
+                inside ? kv->get_rot_k() : 0, inside ? kv->get_rot_v() : 0);
 
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
+        cur = inside ? cur : rotate(ctx0, cur, inp->rot_v);
         ggml_build_forward_expand(gctx.gf, cur);
 
         return cur;

@@ -239,7 +239,11 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     ggml_tensor * scores = ggml_keydiff_ragged(ctx.get(), k, segs, anchors);
 
     layer_ops res;
-    res.attn   = ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f, rot_k, rot_v));
+    const auto has_attn = [&](uint32_t n_rot_k, uint32_t n_rot_v) {
+        return ggml_backend_dev_supports_op(dev, ggml_flash_attn_ragged(ctx.get(), q, k, v, segs, n_hidden, nullptr, 1.0f, 0.0f, n_rot_k, n_rot_v));
+    };
+    res.rotate = has_attn(rot_k, rot_v);
+    res.attn   = res.rotate || has_attn(0, 0);
     res.store  = ggml_backend_dev_supports_op(dev, ggml_store_ragged(ctx.get(),
             ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, k->ne[0], params.n_head_kv, 1),
             ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, v->ne[0], params.n_head_kv, 1),

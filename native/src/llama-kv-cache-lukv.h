@@ -194,6 +194,7 @@ public:
 
     // true if one op scores all heads of a layer, and keeps what that takes
     bool has_scores_op(int32_t il) const { return ops[map_layer_ids.at(il)].scores; }
+    bool has_rotating_op(int32_t il) const { return ops[map_layer_ids.at(il)].rotate; }
 
     // tokens of a ubatch for which the attention is one op for all layers, at most
     uint32_t n_tokens_ragged() const;
@@ -307,6 +308,7 @@ private:
     // what the device of a layer can do for all heads together
     struct layer_ops {
         bool attn   = false;
+        bool rotate = false; // with the rotation of quantised K and V
         bool store  = false;
         bool score  = false;
         bool select = false;
