@@ -14,7 +14,7 @@ FLOOR = 0.5
 """Share of the ratio that no head falls below, in budgets that were solved and not refined."""
 BLEND = 0.15
 """Share of uniform budgets mixed into them."""
-REFINED_FLOOR = 0.1
+REFINED_FLOOR = 0.25
 """Share of the ratio that no head falls below, in refined budgets."""
 REFINE_STEPS = 10
 """Steps of gradient descent on the divergence from the full cache, on a CPU."""

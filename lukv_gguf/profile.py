@@ -363,10 +363,10 @@ class _Run:
 
     def scores(self, state: LayerState) -> dict[str, npt.NDArray[np.float32]]:
         """Each metric's scores of a layer, [H, T]."""
-        return {metric.name: _score(metric, state).float().cpu().numpy() for metric in self.metrics}
+        return {metric.name: score_layer(metric, state).float().cpu().numpy() for metric in self.metrics}
 
 
-def _score(metric: Metric, state: LayerState) -> torch.Tensor:
+def score_layer(metric: Metric, state: LayerState) -> torch.Tensor:
     """The scores of a metric, which sees as many queries as it asks for."""
     if state.queries is not None:
         state = replace(state, queries=state.queries[:, max(0, state.queries.shape[1] - metric.needs.window) :])
