@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -515,3 +516,16 @@ def test_variants_of_a_profile_keep_the_ratio(tmp_path: Path) -> None:
         assert budget[19].std() > 0.01
     curves = choose_profile(tmp_path / "curves.npz", None).budget
     assert curves[19, 0].min() > curves[19, 1:].max()
+
+
+def test_divergence_of_the_answers(model: Path, profile: Path) -> None:
+    """A cache that keeps everything answers alike; one that keeps a fifth does not."""
+    script = Path(__file__).parent.parent / "scripts" / "eval_divergence.py"
+    command = [sys.executable, script, model, "--profile", profile, "--tasks", "niah_single_1,niah_single_2", "--length", "500", "-n", "1"]
+    for ratio, is_zero in (("1", True), ("0.2", False)):
+        done = subprocess.run([*command, "--ratio", ratio], check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+        rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if "keydiff, " in line]
+        assert [row[0].strip() for row in rows] == ["keydiff, uniform", "keydiff, profile"]
+        assert all((float(value) == 0.0) == is_zero for row in rows for value in row[1:])
+    done = subprocess.run([*command, "--tasks", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("eval_divergence: error: unknown task 'nonsense'; known: niah_single_1")
