@@ -207,7 +207,7 @@ def kvzip(llama: Any, chunk: int = 2048, sequence: int = 0) -> None:
 
     The context is what a `llama_cpp.Llama` has read since its last reset, the beginning of a user's message in the chat
     template; the file must say metric ``kvzip`` and policy ``prefill``. Afterwards, questions about the context can
-    follow. It takes as long as reading the context once more, and `n_ctx` needs room for a part and the request.
+    follow. It takes longer than reading the context did, and `n_ctx` needs room for a part and the request.
 
     Parameters
     ----------
