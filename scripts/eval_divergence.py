@@ -40,9 +40,9 @@ UNTIL = 64  # tokens of an answer
 @click.option("--profile", "profiles", type=click.Path(path_type=Path), multiple=True, required=True, help="May be given again.")
 @click.option("--ratio", default=defaults.RATIO, show_default=True)
 @click.option("--tasks", default="niah_multikey_2,niah_multikey_3,niah_multivalue,niah_single_3,vt,fwe,cwe,qa_1,qa_2", show_default=True)
-@click.option("--length", default=4096, show_default=True)
-@click.option("-n", "n", default=2, show_default=True, help="Contexts of each task.")
-@click.option("--seed", default=777, show_default=True)
+@click.option("--length", type=click.IntRange(min=1), default=4096, show_default=True)
+@click.option("-n", "n", type=click.IntRange(min=1), default=2, show_default=True, help="Contexts of each task.")
+@click.option("--seed", type=click.IntRange(min=0), default=777, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(
     model_path: Path, profiles: tuple[Path, ...], ratio: float, tasks: str, length: int, n: int, seed: int, device: str
@@ -53,9 +53,19 @@ def main(
         if unknown := sorted({*names} - {*ruler.tasks()}):
             raise LukvError(f"unknown task {unknown[0]!r}; known: {', '.join(ruler.tasks())}")
         entries = [entry for path in profiles for entry in load_profiles(path).values()]
+        if len({entry.metric for entry in entries}) < len(entries):
+            raise LukvError("two profiles for one metric: give one of them")
+        if len({(entry.sink, entry.recent) for entry in entries}) > 1:
+            raise LukvError("the profiles protect different tokens (sink, recent): they cannot be compared")
         chosen = [metrics.get(entry.metric, **entry.metric_params) for entry in entries]
         place = find_device(device)
         model = ReferenceModel.load(model_path, dtype=default_dtype(place), device=place)
+        wanted = (model.config.n_layer, model.config.n_head_kv)
+        for entry in entries:
+            if entry.budget.shape[1:] != wanted:
+                raise LukvError(f"a profile for {entry.budget.shape[1:]} layers and heads, the model has {wanted}")
+        if length > model.config.n_context_train:
+            raise LukvError(f"the model was trained with {model.config.n_context_train} tokens, not with {length}: --length")
         rows: dict[str, dict[str, list[float]]] = {}
         with Tokenizer(model_path) as tokenizer:
             samples = [sample for name in names for sample in ruler.make_samples(name, tokenizer, length, n, seed)]

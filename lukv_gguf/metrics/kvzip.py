@@ -26,7 +26,7 @@ class KVZip(Metric):
 
     name = "kvzip"
     summary = "what the model attends to when it repeats its context"
-    cost = "reading the context a second time"
+    cost = "more than reading the context a second time"
     native = True
     policies: ClassVar = ("prefill",)
     defaults: ClassVar = {"chunk": 2048}

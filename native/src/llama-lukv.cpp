@@ -63,6 +63,10 @@ static std::string lukv_unsupported(const llama_model & model, const llama_memor
         if (hparams.n_head_kv(il) != hparams.n_head_kv(0) || !hparams.has_kv(il)) {
             return "layers with different numbers of KV heads are not supported yet";
         }
+        // the rotation of quantised K and V has one size for all layers
+        if (hparams.n_embd_head_k(il) != hparams.n_embd_head_k() || hparams.n_embd_head_v(il) != hparams.n_embd_head_v()) {
+            return "layers with heads of different sizes are not supported yet";
+        }
     }
     if (hparams.n_embd_head_k() % ggml_blck_size(params.type_k) != 0 || hparams.n_embd_head_v() % ggml_blck_size(params.type_v) != 0) {
         return format("heads of the size %u cannot be stored as %s and %s", hparams.n_embd_head_k(), ggml_type_name(params.type_k), ggml_type_name(params.type_v));
