@@ -1332,7 +1332,7 @@ static __global__ void fattn_ragged_combine_parts(
     extern __shared__ float weights[]; // [n_blocks]
 
     __shared__ int   first_tiles[RAGGED_MAX_SEGS + 1];
-    __shared__ float acc[COMBINE_THREADS];
+    __shared__ __align__(sizeof(float2)) float acc[COMBINE_THREADS];
 
     const int seg  = blockIdx.x / args.n_rows;
     const int r    = blockIdx.x % args.n_rows;
@@ -2182,14 +2182,8 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
         return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
     };
 
-    // these kernels were compiled and emulated, but have not run on a GPU yet
-    static const bool use_untried = getenv("GGML_CUDA_RAGGED_UNTRIED") != nullptr;
-
     // as the cache has them: a head of K as a whole, V by ROT_MIN
     const auto is_rot = [](const ggml_tensor * k, const int n_rot_k, const int n_rot_v) {
-        if (!use_untried && (n_rot_k > 0 || n_rot_v > 0)) {
-            return false;
-        }
         return (n_rot_k == 0 || (n_rot_k == k->ne[0] && n_rot_k % ROT_MIN == 0)) && (n_rot_v == 0 || n_rot_v == ROT_MIN);
     };
     // read in pairs
@@ -2209,7 +2203,7 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
             const ggml_tensor * k = dst->src[2];
             const ggml_tensor * v = dst->src[3];
 
-            return use_untried && is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
+            return is_type(k) && v->type == k->type && is_head_size(k) && v->ne[0] == k->ne[0] &&
                 is_rot(k, ggml_get_op_params_i32(dst, 0), ggml_get_op_params_i32(dst, 1)) && is_aligned(dst->src[0]) && is_aligned(dst->src[1]);
         }
         case GGML_OP_KEYDIFF_RAGGED: {
