@@ -92,7 +92,7 @@ def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     assert runtime.usage(model).evictions >= 5
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "foresight", "h2o", "keydiff", "keydiff-expectedattention", "keydiff-criticalkv-expectedattention"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-cake", "curdkv", "foresight", "h2o", "keydiff", "keydiff-expectedattention"])
 def test_prefill_equals_reference(tiny: TinyModel, name: str) -> None:
     model = load(embedded(tiny, name), {"lukv.policy": "prefill"})
     expected = reference(tiny, name, np.full((tiny.n_layer, tiny.n_head_kv), 768), 128)
@@ -128,7 +128,7 @@ def test_queries_of_architectures(tmp_path: Path, arch: str, name: str) -> None:
     assert n_same >= 0.998 * n_all and runtime.usage(model).evictions >= 2
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "foresight", "h2o", "keydiff", "keydiff-expectedattention", "keydiff-criticalkv-expectedattention"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "capkv", "criticalkv-snapkv", "foresight", "h2o", "keydiff", "keydiff-expectedattention"])
 def test_quantised_evicts_like_f32(tiny: TinyModel, name: str) -> None:
     """Quantised K and V are rotated, and what is kept of the queries has to fit that."""
     path = embedded(tiny, name)
@@ -168,7 +168,7 @@ def test_state_and_tail(tiny: TinyModel, name: str) -> None:
         assert_same_positions(continued, expected, usage.owned.shape)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "foresight", "h2o", "criticalkv-h2o", "keydiff", "keydiff-expectedattention", "keydiff-criticalkv-expectedattention"])
+@pytest.mark.parametrize("name", ["snapkv", "expectedattention", "criticalkv-snapkv:carry=1", "foresight", "h2o", "criticalkv-h2o", "keydiff", "keydiff-expectedattention"])
 def test_sequences_have_queries_of_their_own(tiny: TinyModel, name: str) -> None:
     """Together in a batch, copied, removed in part, and a new one in the place of an old one."""
     budget, tokens = uneven_budget(tiny.n_layer, tiny.n_head_kv, 0.25), distinct_tokens(800)

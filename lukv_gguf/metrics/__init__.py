@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics.base import LayerState, Metric, Needs
 from lukv_gguf.metrics.cake import Cake
@@ -55,7 +53,7 @@ def get(name: str, scorer: Scorer | None = None, **params: float) -> Metric:
         raise LukvError(f"unknown metric {name!r}; known metrics: {', '.join(names())}")
     for prefix, wrapper in _WRAPPERS.items():
         if name.startswith(prefix):
-            return wrapper(partial(get, name.removeprefix(prefix)), **params)
+            return wrapper(_METRICS[name.removeprefix(prefix)], **params)
     if _METRICS[name].trained:
         return _METRICS[name](scorer, **params)
     return _METRICS[name](**params)

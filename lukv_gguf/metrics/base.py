@@ -241,10 +241,6 @@ class Metric(ABC):
     def score(self, state: LayerState) -> Tensor:
         """Score of each cell, [H, T], float32. Those of protected cells do not matter."""
 
-    def rankings(self, state: LayerState) -> list[Tensor]:
-        """The scores behind it, in the order in which they choose; more than one where a budget is shared."""
-        return [self.score(state)]
-
     def carry(self, state: LayerState) -> Tensor:
         """What `LayerState.past` will be at the next commit, [H, T], for a metric that needs it."""
         raise NotImplementedError

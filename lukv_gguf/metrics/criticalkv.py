@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -30,16 +29,17 @@ class CriticalKV(Metric):
     cost = "that of the other metric, and G d n_embd for every token read"
     bases: ClassVar = (Cake.name, ExpectedAttention.name, H2O.name, SnapKV.name)
 
-    def __init__(self, other: Callable[..., Metric], **params: float) -> None:
-        base = other()
+    def __init__(self, base: type[Metric], **params: float) -> None:
         # the norm of W_O's product takes the place of that of the value
         plain = {"vnorm": 0} if "vnorm" in base.defaults else {}
         self.name = f"{CriticalKV.name}-{base.name}"  # type: ignore[misc]
         self.defaults = {**base.defaults, **plain, "epsilon": 1e-4}  # type: ignore[misc]
-        self.minima, self.native = base.minima, base.native  # type: ignore[misc]
-        self.summary = f"what {base.name} chooses, one half of it weighed by what a value does to the output"  # type: ignore[misc]
+        self.minima = base.minima  # type: ignore[misc]
+        self.native = base.native  # type: ignore[misc]
         super().__init__(**params)
-        self._base = other(**{name: self.params[name] for name in base.defaults if name != "epsilon"})
+        of_base = {name: self.params[name] for name in base.defaults if name != "epsilon"}
+        self._base = base(**of_base)
+        self.summary = f"what {base.name} chooses, one half of it weighed by what a value does to the output"  # type: ignore[misc]
 
     @property
     def needs(self) -> Needs:
@@ -48,10 +48,8 @@ class CriticalKV(Metric):
     def carry(self, state: LayerState) -> Tensor:
         return self._base.carry(state)
 
-    def rankings(self, state: LayerState) -> list[Tensor]:
+    def score(self, state: LayerState) -> Tensor:
         assert state.output_norms is not None
         score = self._base.score(state)
-        return [score, (score + self.params["epsilon"]) * state.output_norms.mean(dim=1)]
-
-    def score(self, state: LayerState) -> Tensor:
-        return in_turns(self.rankings(state), state)
+        product = (score + self.params["epsilon"]) * state.output_norms.mean(dim=1)
+        return in_turns(score, product, state)

@@ -479,9 +479,10 @@ static ggml_tensor * build_h2o(const llama_lukv_scorer & s) {
 // wrappers
 //
 
-// n_first of the budget for the best cells by the first scores, the rest for the best others by the second
-static ggml_tensor * build_choice(const llama_lukv_scorer & s, ggml_tensor * first, ggml_tensor * second, int32_t n_first) {
-    const int64_t n = s.n_cells();
+// one half of the budget for the best cells by the first scores, the other half for the best others by the second
+static ggml_tensor * build_halves(const llama_lukv_scorer & s, ggml_tensor * first, ggml_tensor * second) {
+    const int64_t n       = s.n_cells();
+    const int32_t n_first = s.n_keep/2;
 
     first  = ggml_reshape_2d(s.ctx, first,  1, n);
     second = ggml_reshape_2d(s.ctx, second, 1, n);
@@ -504,13 +505,11 @@ static ggml_tensor * build_choice(const llama_lukv_scorer & s, ggml_tensor * fir
     return ggml_set_rows(s.ctx, res, ggml_get_rows(s.ctx, second, rest), rest);
 }
 
-// the rest by the score of the first times ||v W_O||_1
-static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores, int32_t n_first) {
+// the second half by the score of the first times ||v W_O||_1
+static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores) {
     scores = ggml_reshape_2d(s.ctx, scores, 1, s.n_cells());
 
-    ggml_tensor * products = ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms);
-
-    return build_choice(s, scores, products, n_first);
+    return build_halves(s, scores, ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms));
 }
 
 //
@@ -618,8 +617,7 @@ static ggml_tensor * build_layer_keydiff(const llama_lukv_layer_scorer & s) {
 }
 
 // norms - nullptr for 0 in place of the product
-static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_tensor * scores, ggml_tensor * norms, float epsilon,
-        int32_t (*n_first_of)(int32_t n_keep)) {
+static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_tensor * scores, ggml_tensor * norms, float epsilon) {
     if (!s.prot.empty()) {
         scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, ggml_reshape_2d(s.ctx, scores, 1, s.pos.size())),
                 s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1), s.input_i32(s.prot, s.prot.size()));
@@ -627,7 +625,7 @@ static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_
 
     std::vector<int32_t> n_first;
     for (const auto & seg : s.segs) {
-        n_first.push_back(n_first_of(seg.n_keep));
+        n_first.push_back(seg.n_keep/2);
     }
 
     return ggml_critical_scores_ragged(s.ctx, scores, norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
@@ -688,45 +686,10 @@ static llama_lukv_needs needs_keys(const metric_params &) {
     return res;
 }
 
-static int32_t half(int32_t n) {
-    return n/2;
-}
-
-static int32_t three_quarters(int32_t n) {
-    return n/2 + (n - n/2)/2;
-}
-
-// one half of the budget by keydiff, the other half by another metric
-static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
-    llama_lukv_metric res = other;
-
-    res.name = "keydiff-" + other.name;
-
-    res.needs_of = [other](const metric_params & values) {
-        auto needs = other.needs(values);
-        needs.k_sum = true;
-        return needs;
-    };
-    res.build_scores = [other](const llama_lukv_scorer & s) {
-        return build_choice(s, build_keydiff(s), other.build(s), half(s.n_keep));
-    };
-    res.build_layer_scores = [other](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
-        ggml_tensor * scores = other.build(s);
-
-        return scores ? ggml_add(s.ctx, scores, build_layer_choice(s, build_layer_keydiff(s), nullptr, 0.0f, half)) : nullptr;
-    };
-
-    return res;
-}
-
-// with keydiff, that chooses the first half, and criticalkv what is left
-static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & other, bool keydiff = false) {
-    const llama_lukv_metric base = keydiff ? join_keydiff(other) : other;
-    const auto n_first = keydiff ? three_quarters : half;
-
+static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
     llama_lukv_metric res = base;
 
-    res.name = (keydiff ? "keydiff-criticalkv-" : "criticalkv-") + other.name;
+    res.name = "criticalkv-" + base.name;
     res.params.clear();
     for (auto param : base.params) {
         const std::string name = param.name;
@@ -756,13 +719,36 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & other, bool k
         }
         return s;
     };
-    res.build_scores = [base, inner_of, n_first](const llama_lukv_scorer & s) {
-        return build_criticalkv(s, base.build(inner_of(s)), n_first(s.n_keep));
+    res.build_scores = [base, inner_of](const llama_lukv_scorer & s) {
+        return build_criticalkv(s, base.build(inner_of(s)));
     };
-    res.build_layer_scores = [base, inner_of, n_first](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
+    res.build_layer_scores = [base, inner_of](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
         ggml_tensor * scores = base.build(inner_of(s));
 
-        return scores ? build_layer_choice(s, scores, s.out_norms, s.params.at("epsilon"), n_first) : nullptr;
+        return scores ? build_layer_choice(s, scores, s.out_norms, s.params.at("epsilon")) : nullptr;
+    };
+
+    return res;
+}
+
+// one half of the budget by keydiff, the other half by another metric
+static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
+    llama_lukv_metric res = other;
+
+    res.name = "keydiff-" + other.name;
+
+    res.needs_of = [other](const metric_params & values) {
+        auto needs = other.needs(values);
+        needs.k_sum = true;
+        return needs;
+    };
+    res.build_scores = [other](const llama_lukv_scorer & s) {
+        return build_halves(s, build_keydiff(s), other.build(s));
+    };
+    res.build_layer_scores = [other](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
+        ggml_tensor * scores = other.build(s);
+
+        return scores ? ggml_add(s.ctx, scores, build_layer_choice(s, build_layer_keydiff(s), nullptr, 0.0f)) : nullptr;
     };
 
     return res;
@@ -795,7 +781,6 @@ static std::vector<llama_lukv_metric> make_metrics() {
         { "foresight",    { window, kernel }, needs_trained, build_foresight, nullptr },
         h2o,
         { "keydiff",      {}, needs_keys, build_keydiff, nullptr },
-        wrap_criticalkv(expected, true),
         join_keydiff(expected),
         join_keydiff(kvzip),
         { "knorm",        {}, needs_nothing, build_knorm,   build_layer_norms },
