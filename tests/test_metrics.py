@@ -18,7 +18,7 @@ from lukv_gguf import cli, metrics
 from lukv_gguf.collect import Collector
 from lukv_gguf.errors import LukvError
 from lukv_gguf.metrics import LayerState, Metric, Needs
-from lukv_gguf.metrics.halves import _turns
+from lukv_gguf.metrics.shares import _turns
 from lukv_gguf.reference import ReferenceModel
 from lukv_gguf.reference.bounded import BoundedDecoder
 
@@ -285,31 +285,39 @@ def test_criticalkv_is_a_choice_in_two_stages(states: list[LayerState], base: st
                 assert set(got[head].argsort(descending=True)[:budget].tolist()) == chosen
 
 
-@pytest.mark.parametrize("other", ["expectedattention", "kvzip"])
-def test_keydiff_and_another_share_a_budget(states: list[LayerState], other: str) -> None:
-    params = {"future": FUTURE} if other == "expectedattention" else {}
+@pytest.mark.parametrize(
+    ("other", "params", "defaults", "share"),
+    [
+        ("expectedattention", {"future": FUTURE}, {"covariance": 0, "vnorm": 0}, 0.5),
+        ("expectedattention", {"future": FUTURE, "covariance": 1, "vnorm": 1}, {}, 0.7),
+        ("kvzip", {}, {}, 0.25),
+    ],
+)
+def test_keydiff_and_another_share_a_budget(
+    states: list[LayerState], other: str, params: dict[str, int], defaults: dict[str, int], share: float
+) -> None:
     for state in states:
         reconstruction = torch.rand(2, state.keys.shape[1], generator=torch.Generator().manual_seed(0))
         state = replace(state, reconstruction=reconstruction)
-        got = metrics.get(f"keydiff-{other}", **params).score(state)
+        got = metrics.get(f"keydiff-{other}", **params, **({} if share == 0.5 else {"share": share})).score(state)
         orders = [
             metric.score(state).masked_fill(state.is_protected, torch.inf).argsort(descending=True, stable=True).tolist()
-            for metric in (metrics.get("keydiff"), metrics.get(other, **params))
+            for metric in (metrics.get("keydiff"), metrics.get(other, **params, **defaults))
         ]
         for head in range(2):
             for budget in (8, 21, 40, 89):
-                chosen = orders[0][head][: budget // 2]
+                chosen = orders[0][head][: int(share * budget)]
                 chosen = chosen + [i for i in orders[1][head] if i not in chosen][: budget - len(chosen)]
                 assert set(got[head].argsort(descending=True)[:budget].tolist()) == set(chosen)
 
 
 @settings(deadline=None)
-@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.permutations(range(n)))))
-def test_turns_hold_for_every_budget(orders: tuple[list[int], list[int]]) -> None:
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.permutations(range(n)))), st.floats(0, 1))
+def test_turns_hold_for_every_budget(orders: tuple[list[int], list[int]], share: float) -> None:
     first, second = orders
-    ranking = _turns(first, second).argsort()[::-1]
+    ranking = _turns(first, second, share).argsort()[::-1]
     for budget in range(len(first) + 1):
-        chosen = first[: budget // 2]
+        chosen = first[: int(share * budget)]
         chosen = chosen + [i for i in second if i not in chosen][: budget - len(chosen)]
         assert set(ranking[:budget].tolist()) == set(chosen)
 

@@ -11,7 +11,7 @@ from lukv_gguf.metrics.curdkv import CurDKV
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
 from lukv_gguf.metrics.foresight import Foresight
 from lukv_gguf.metrics.h2o import H2O
-from lukv_gguf.metrics.halves import KeyDiffAnd
+from lukv_gguf.metrics.shares import KeyDiffAnd
 from lukv_gguf.metrics.keydiff import KeyDiff
 from lukv_gguf.metrics.knorm import KNorm
 from lukv_gguf.metrics.kvzip import KVZip

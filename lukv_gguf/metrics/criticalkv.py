@@ -10,7 +10,7 @@ from lukv_gguf.metrics.base import LayerState, Metric, Needs
 from lukv_gguf.metrics.cake import Cake
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
 from lukv_gguf.metrics.h2o import H2O
-from lukv_gguf.metrics.halves import in_turns
+from lukv_gguf.metrics.shares import in_turns
 from lukv_gguf.metrics.snapkv import SnapKV
 
 

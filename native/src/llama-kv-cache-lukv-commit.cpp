@@ -623,7 +623,7 @@ bool llama_kv_cache_lukv::compute_evicted(const std::vector<eviction> & eviction
             };
 
             // all heads of the layer together
-            if (ops[l].scores && !ops[l].score) {
+            if (ops[l].layer && !ops[l].score) {
                 std::vector<llama_lukv_layer_scorer::segment> found;
                 for (uint32_t ih = 0; ih < params.n_head_kv; ++ih) {
                     const auto & seg = seq.segs[l*params.n_head_kv + ih];

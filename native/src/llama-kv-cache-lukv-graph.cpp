@@ -459,7 +459,7 @@ ggml_tensor * build_attn_lukv(
     kv->build_store(gctx, inp, k_cur, v_cur, il);
 
     if (kv->get_queries().active()) {
-        kv->get_queries().build_store(gctx, inp->self_queries, q_rot, inp->rot_k, kq_scale, il, kv->has_scores_op(il));
+        kv->get_queries().build_store(gctx, inp->self_queries, q_rot, inp->rot_k, kq_scale, il, kv->has_query_sums_op(il));
     }
     if (kv->get_needs().attn_sums) {
         kv->build_attn_sums(gctx, inp, q_rot, kq_scale, il);

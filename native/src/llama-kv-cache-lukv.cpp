@@ -223,7 +223,7 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
     }
 
     ggml_context_ptr ctx { ggml_init({
-        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
+        /*.mem_size   =*/ 64*ggml_tensor_overhead(),
         /*.mem_buffer =*/ nullptr,
         /*.no_alloc   =*/ true,
     }) };
@@ -253,6 +253,22 @@ llama_kv_cache_lukv::layer_ops llama_kv_cache_lukv::get_ops(int32_t il) const {
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 3, params.n_head_kv), 1));
 
     res.scores = ggml_backend_dev_supports_op(dev, ggml_attn_sums_ragged(ctx.get(), q, k, segs, n_hidden, scores, 1.0f, 0.0f));
+
+    const auto new_i32 = [&](int64_t ne0, int64_t ne1) { return ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, ne0, ne1); };
+    const auto new_f32 = [&](int64_t ne0, int64_t ne1) { return ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ne0, ne1); };
+
+    // a GPU may have these alone
+    res.layer = res.scores;
+    if (metric.expected_only) {
+        ggml_tensor * cells = new_i32(3, params.n_head_kv);
+        ggml_tensor * cov   = needs.q_cov ? ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, k->ne[0], k->ne[0], q->ne[1]) : nullptr;
+
+        res.layer = ggml_backend_dev_supports_op(dev, ggml_expected_scores_ragged(ctx.get(), new_f32(q->ne[0], q->ne[1]), cov, k,
+                    params.metric_params.at("vnorm") > 0 ? v : nullptr, cells, new_i32(k->ne[1], 1), params.n_head_kv, k->ne[1], 0, 0.0f, 1.0f)) &&
+            ggml_backend_dev_supports_op(dev, ggml_critical_scores_ragged(ctx.get(), scores, nullptr, cells, new_i32(params.n_head_kv, 1), k->ne[1], 0.0f, 0.0f));
+    }
+    res.query_sums = ggml_backend_dev_supports_op(dev, ggml_query_sums_ragged(ctx.get(), q, new_f32(1, 1), ggml_reshape_1d(ctx.get(), new_i32(1, 1), 1),
+            new_f32(q->ne[0]*q->ne[1], 1), needs.q_cov ? new_f32(q->ne[0]*q->ne[0]*q->ne[1], 1) : nullptr));
 
     // without it the accumulated attention needs the mask that other ops have
     res.attn = res.attn && (res.scores || !needs.attn_sums);

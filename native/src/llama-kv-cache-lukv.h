@@ -193,7 +193,8 @@ public:
     bool use_ragged(int32_t il, uint32_t n_tokens) const;
 
     // true if one op scores all heads of a layer, and keeps what that takes
-    bool has_scores_op(int32_t il) const { return ops[map_layer_ids.at(il)].scores; }
+    bool has_scores_op    (int32_t il) const { return ops[map_layer_ids.at(il)].scores; }
+    bool has_query_sums_op(int32_t il) const { return ops[map_layer_ids.at(il)].query_sums; }
     bool has_rotating_op(int32_t il) const { return ops[map_layer_ids.at(il)].rotate; }
 
     // tokens of a ubatch for which the attention is one op for all layers, at most
@@ -313,8 +314,10 @@ private:
         bool score  = false;
         bool select = false;
 
-        bool scores   = false; // those of any metric, accumulated attention, norms, and statistics of queries
-        bool out_prod = false; // of f32
+        bool scores     = false; // those of any metric, accumulated attention, and norms
+        bool layer      = false; // those of this metric
+        bool query_sums = false; // statistics of queries
+        bool out_prod   = false; // of f32
 
         uint32_t n_tokens_attn = std::numeric_limits<uint32_t>::max(); // per ubatch, at most
     };

@@ -479,10 +479,10 @@ static ggml_tensor * build_h2o(const llama_lukv_scorer & s) {
 // wrappers
 //
 
-// one half of the budget for the best cells by the first scores, the other half for the best others by the second
-static ggml_tensor * build_halves(const llama_lukv_scorer & s, ggml_tensor * first, ggml_tensor * second) {
+// a share of the budget for the best cells by the first scores, the rest for the best others by the second
+static ggml_tensor * build_choice(const llama_lukv_scorer & s, ggml_tensor * first, ggml_tensor * second, double share) {
     const int64_t n       = s.n_cells();
-    const int32_t n_first = s.n_keep/2;
+    const int32_t n_first = share*s.n_keep;
 
     first  = ggml_reshape_2d(s.ctx, first,  1, n);
     second = ggml_reshape_2d(s.ctx, second, 1, n);
@@ -509,7 +509,7 @@ static ggml_tensor * build_halves(const llama_lukv_scorer & s, ggml_tensor * fir
 static ggml_tensor * build_criticalkv(const llama_lukv_scorer & s, ggml_tensor * scores) {
     scores = ggml_reshape_2d(s.ctx, scores, 1, s.n_cells());
 
-    return build_halves(s, scores, ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms));
+    return build_choice(s, scores, ggml_mul(s.ctx, ggml_scale_bias(s.ctx, scores, 1.0f, s.params.at("epsilon")), s.out_norms), 0.5);
 }
 
 //
@@ -617,7 +617,7 @@ static ggml_tensor * build_layer_keydiff(const llama_lukv_layer_scorer & s) {
 }
 
 // norms - nullptr for 0 in place of the product
-static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_tensor * scores, ggml_tensor * norms, float epsilon) {
+static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_tensor * scores, ggml_tensor * norms, float epsilon, double share) {
     if (!s.prot.empty()) {
         scores = ggml_set_rows(s.ctx, ggml_dup(s.ctx, ggml_reshape_2d(s.ctx, scores, 1, s.pos.size())),
                 s.input_f32(std::vector<float>(s.prot.size(), INFINITY), 1), s.input_i32(s.prot, s.prot.size()));
@@ -625,7 +625,7 @@ static ggml_tensor * build_layer_choice(const llama_lukv_layer_scorer & s, ggml_
 
     std::vector<int32_t> n_first;
     for (const auto & seg : s.segs) {
-        n_first.push_back(seg.n_keep/2);
+        n_first.push_back(share*seg.n_keep);
     }
 
     return ggml_critical_scores_ragged(s.ctx, scores, norms, s.input_segs(), s.input_i32(n_first, n_first.size()), s.n_max(),
@@ -690,6 +690,7 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
     llama_lukv_metric res = base;
 
     res.name = "criticalkv-" + base.name;
+    res.expected_only = false;
     res.params.clear();
     for (auto param : base.params) {
         const std::string name = param.name;
@@ -725,17 +726,26 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
     res.build_layer_scores = [base, inner_of](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
         ggml_tensor * scores = base.build(inner_of(s));
 
-        return scores ? build_layer_choice(s, scores, s.out_norms, s.params.at("epsilon")) : nullptr;
+        return scores ? build_layer_choice(s, scores, s.out_norms, s.params.at("epsilon"), 0.5) : nullptr;
     };
 
     return res;
 }
 
-// one half of the budget by keydiff, the other half by another metric
+// a share of the budget by keydiff, the rest by another metric
 static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
     llama_lukv_metric res = other;
 
     res.name = "keydiff-" + other.name;
+    res.params.push_back({ "share", false, 0.5, 0 });
+
+    // beside keydiff the mean query alone ranks better
+    for (auto & param : res.params) {
+        const std::string name = param.name;
+        if (name == "covariance" || name == "vnorm") {
+            param.value = 0;
+        }
+    }
 
     res.needs_of = [other](const metric_params & values) {
         auto needs = other.needs(values);
@@ -743,12 +753,15 @@ static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
         return needs;
     };
     res.build_scores = [other](const llama_lukv_scorer & s) {
-        return build_halves(s, build_keydiff(s), other.build(s));
+        return build_choice(s, build_keydiff(s), other.build(s), s.params.at("share"));
     };
     res.build_layer_scores = [other](const llama_lukv_layer_scorer & s) -> ggml_tensor * {
         ggml_tensor * scores = other.build(s);
 
-        return scores ? ggml_add(s.ctx, scores, build_layer_choice(s, build_layer_keydiff(s), nullptr, 0.0f)) : nullptr;
+        if (!scores) {
+            return nullptr;
+        }
+        return ggml_add(s.ctx, scores, build_layer_choice(s, build_layer_keydiff(s), nullptr, 0.0f, s.params.at("share")));
     };
 
     return res;
@@ -765,7 +778,7 @@ static std::vector<llama_lukv_metric> make_metrics() {
         needs_window, build_cake, build_layer_window };
     const llama_lukv_metric expected = { "expectedattention",
         { future, { "epsilon", false, 0.02, 0 }, { "covariance", true, 1, 0 }, { "vnorm", true, 1, 0 } },
-        needs_queries, build_expectedattention, build_layer_expectedattention };
+        needs_queries, build_expectedattention, build_layer_expectedattention, /*.expected_only =*/ true };
     const llama_lukv_metric kvzip = { "kvzip", { { "chunk", true, 2048, 1 } }, needs_repetition, build_kvzip, nullptr };
     const llama_lukv_metric h2o = { "h2o", { { "average", true, 0, 0 } }, needs_attention, build_h2o, build_layer_h2o };
 
@@ -820,6 +833,9 @@ void llama_lukv_metric::check(const llama_lukv_metric_params & values) const {
 
         if (!(value >= param.least && value < 2147483648.0)) {
             throw std::runtime_error(format("lukv.metric.%s is %g, but must be at least %g", param.name, value, param.least));
+        }
+        if (std::string(param.name) == "share" && value > 1.0) {
+            throw std::runtime_error(format("lukv.metric.share is %g, but must be at most 1", value));
         }
         if (std::string(param.name) == "kernel" && int64_t(value) % 2 == 0) {
             throw std::runtime_error(format("lukv.metric.kernel is %g, but must be odd", value));

@@ -193,4 +193,6 @@ public:
     std::function<llama_lukv_needs (const llama_lukv_metric_params &)> needs_of;
     std::function<ggml_tensor    * (const llama_lukv_scorer        &)> build_scores;
     std::function<ggml_tensor    * (const llama_lukv_layer_scorer  &)> build_layer_scores; // may be empty
+
+    bool expected_only = false; // the latter needs no more than the scores of expectedattention, those of keydiff, and choices
 };

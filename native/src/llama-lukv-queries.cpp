@@ -336,14 +336,15 @@ void llama_lukv_queries::build_store(const llm_graph_context & gctx, const graph
         ggml_tensor * q       = ggml_view_2d(ctx, rows, rows->ne[0], n, rows->nb[1], s*rows->nb[2]);
         ggml_tensor * counted = ggml_view_1d(ctx, inp.counted, n, s*inp.counted->nb[1]);
 
-        q = ggml_cont(ctx, ggml_transpose(ctx, q)); // [n, n_embd*n_head]
+        // [n, n_embd*n_head]. of one token there is nothing to add up
+        ggml_tensor * columns = n > 1 || layer.outer ? ggml_cont(ctx, ggml_transpose(ctx, q)) : nullptr;
 
-        ggml_tensor * cur = ggml_mul_mat(ctx, q, counted);
+        ggml_tensor * cur = n > 1 ? ggml_mul_mat(ctx, columns, counted) : ggml_mul(ctx, q, counted);
         sum = sum ? ggml_concat(ctx, sum, cur, 1) : cur;
 
         if (layer.outer) {
-            q   = ggml_reshape_3d(ctx, q, n, n_embd, n_head);
-            cur = ggml_mul_mat(ctx, q, ggml_mul(ctx, q, counted));
+            columns = ggml_reshape_3d(ctx, columns, n, n_embd, n_head);
+            cur     = ggml_mul_mat(ctx, columns, ggml_mul(ctx, columns, counted));
             cur = ggml_reshape_2d(ctx, cur, n_embd*n_embd*n_head, 1);
 
             outer = outer ? ggml_concat(ctx, outer, cur, 1) : cur;

@@ -2,6 +2,8 @@
 #include "cpy-utils.cuh"
 #include "ragged.cuh"
 
+#include "ggml-ragged.h"
+
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -2039,9 +2041,20 @@ static __device__ __forceinline__ uint32_t float_to_ordered(const float x) {
     return isnan(x) ? 0 : u & 0x80000000 ? ~u : u | 0x80000000;
 }
 
+// not the rows of the k smallest, but new scores for all: `chosen` for the others, (score + epsilon)*norm or 0 for them
+struct choice_args {
+    float         * dst;
+    const float   * norms;   // of all rows, or nullptr
+    const int32_t * n_first; // [n_segs]: the others
+
+    float epsilon;
+    float chosen;
+};
+
 // one block for each segment: radix select
+template <bool is_choice>
 __launch_bounds__(BOTTOM_K_THREADS)
-static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, int32_t * dst, const int k_max) {
+static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, int32_t * dst, const int k_max, const choice_args choice) {
     constexpr int n_bins  = 1 << BOTTOM_K_BITS;
     constexpr int n_warps = BOTTOM_K_THREADS/WARP_SIZE;
     static_assert(n_warps == WARP_SIZE, "one lane for each warp");
@@ -2055,16 +2068,37 @@ static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, in
     const int lane = tid % WARP_SIZE;
     const int warp = tid / WARP_SIZE;
 
-    const int n = segs[3*blockIdx.x + 1];
-    const int k = min(segs[3*blockIdx.x + 2], n);
+    // a row's number, its cells, and how many to find; for a choice the scores are one behind the other
+    const int n = segs[3*blockIdx.x + (is_choice ? 2 : 1)];
+    const int k = is_choice ? n - min(choice.n_first[blockIdx.x], n) : min(segs[3*blockIdx.x + 2], n);
 
-    x   += segs[3*blockIdx.x];
-    dst += (int64_t) blockIdx.x*k_max;
+    int64_t first = is_choice ? 0 : segs[3*blockIdx.x];
+    if constexpr (is_choice) {
+        for (int s = 0; s < blockIdx.x; ++s) {
+            first += segs[3*s + 2];
+        }
+    } else {
+        dst += (int64_t) blockIdx.x*k_max;
 
-    for (int i = tid + k; i < k_max; i += BOTTOM_K_THREADS) {
-        dst[i] = -1;
+        for (int i = tid + k; i < k_max; i += BOTTOM_K_THREADS) {
+            dst[i] = -1;
+        }
     }
+    x += first;
+
+    const auto choose = [&](const int i, const bool is_smallest) {
+        const float norm = choice.norms ? choice.norms[(int64_t) segs[3*blockIdx.x + 1] + i] : 0.0f;
+
+        choice.dst[first + i] = !is_smallest ? choice.chosen : choice.norms ? (x[i] + choice.epsilon)*norm : 0.0f;
+    };
+    GGML_UNUSED(choose);
+
     if (k <= 0) {
+        if constexpr (is_choice) {
+            for (int i = tid; i < n; i += BOTTOM_K_THREADS) {
+                choose(i, false);
+            }
+        }
         return;
     }
 
@@ -2149,7 +2183,12 @@ static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, in
         const int      before_less  = n_less  + (before & 0xFFFF) + __popc(less_mask  & lower);
         const int      before_equal = n_equal + (before >> 16)    + __popc(equal_mask & lower);
 
-        if (less || (equal && before_equal < rest)) {
+        const bool is_smallest = less || (equal && before_equal < rest);
+        if constexpr (is_choice) {
+            if (i < n) {
+                choose(i, is_smallest);
+            }
+        } else if (is_smallest) {
             dst[before_less + min(before_equal, rest)] = i;
         }
 
@@ -2162,9 +2201,285 @@ void ggml_cuda_bottom_k_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * ds
     const ggml_tensor * x    = dst->src[0];
     const ggml_tensor * segs = dst->src[1];
 
-    bottom_k_ragged<<<segs->ne[1], BOTTOM_K_THREADS, 0, ctx.stream()>>>(
-            (const float *) x->data, (const int32_t *) segs->data, (int32_t *) dst->data, dst->ne[0]);
+    bottom_k_ragged<false><<<segs->ne[1], BOTTOM_K_THREADS, 0, ctx.stream()>>>(
+            (const float *) x->data, (const int32_t *) segs->data, (int32_t *) dst->data, dst->ne[0], {});
     CUDA_CHECK(cudaGetLastError());
+}
+
+//
+// numbers that scores are made of
+//
+
+static void critical_scores(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * scores = dst->src[0];
+    const ggml_tensor * norms  = dst->src[1];
+    const ggml_tensor * segs   = dst->src[2];
+
+    const choice_args args = {
+        /*.dst     =*/ (float *) dst->data,
+        /*.norms   =*/ norms ? (const float *) norms->data : nullptr,
+        /*.n_first =*/ (const int32_t *) dst->src[3]->data,
+        /*.epsilon =*/ ggml_get_op_params_f32(dst, 6),
+        /*.chosen  =*/ ggml_get_op_params_f32(dst, 7),
+    };
+
+    bottom_k_ragged<true><<<segs->ne[1], BOTTOM_K_THREADS, 0, ctx.stream()>>>(
+            (const float *) scores->data, (const int32_t *) segs->data, nullptr, 0, args);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static constexpr int QUERY_SUMS_THREADS = 256;
+
+// a thread for each number of a query, a row of blocks for each sequence
+__launch_bounds__(QUERY_SUMS_THREADS)
+static __global__ void add_queries(const float * q, const float * counted, const int32_t * slots, float * sum, const int n, const int n_tokens) {
+    const int i = blockIdx.x*QUERY_SUMS_THREADS + threadIdx.x;
+    if (i >= n) {
+        return;
+    }
+
+    float res = 0.0f;
+    for (int t = blockIdx.y*n_tokens; t < (int) (blockIdx.y + 1)*n_tokens; ++t) {
+        res += counted[t]*q[(int64_t) t*n + i];
+    }
+    sum[(int64_t) slots[blockIdx.y]*n + i] += res;
+}
+
+static void query_sums(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * q       = dst->src[0];
+    const ggml_tensor * counted = dst->src[1];
+    const ggml_tensor * slots   = dst->src[2];
+
+    const int n = q->ne[0]*q->ne[1];
+
+    const dim3 grid((n + QUERY_SUMS_THREADS - 1)/QUERY_SUMS_THREADS, counted->ne[1]);
+
+    add_queries<<<grid, QUERY_SUMS_THREADS, 0, ctx.stream()>>>((const float *) q->data, (const float *) counted->data,
+            (const int32_t *) slots->data, (float *) dst->src[3]->data, n, counted->ne[0]);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// ExpectedAttention without covariance and values: the mean over the query heads of softmax(scale mean k)
+
+static constexpr int EXPECTED_THREADS = 256;
+static constexpr int EXPECTED_CELLS   = 256; // of a block
+static constexpr int EXPECTED_MAX_GQA = 16; // 32 KiB of shared memory with heads of 256
+
+struct expected_args {
+    const float   * q;    // [n_head][D]
+    const char    * k;
+    const int32_t * segs; // [n_segs][3]: KV head, first row, number of cells
+    const int32_t * pos;  // of the cells, segment by segment
+
+    float  * logits;   // [n_gqa][n_cells]
+    float2 * parts;    // [n_segs][gridDim.x][n_gqa]: maximum and sum of a block
+    float  * dst;      // [n_cells]
+
+    int n_cells;
+    int n_gqa;
+    int pos_first;     // cells at earlier positions do not compete
+
+    float scale;
+
+    // cells of the segments before
+    __device__ __forceinline__ int offset(const int seg) const {
+        int res = 0;
+        for (int s = 0; s < seg; ++s) {
+            res += segs[3*s + 2];
+        }
+        return res;
+    }
+};
+
+template <ggml_type type, int D>
+__launch_bounds__(EXPECTED_THREADS)
+static __global__ void expected_logits(const expected_args args) {
+    constexpr int NJ = (D/8 + 7)/8;
+
+    extern __shared__ float4 shared[];
+
+    float * means = (float *) shared;    // [n_gqa][D]
+    float * tile  = means + args.n_gqa*D; // [n_gqa][EXPECTED_CELLS]
+
+    const int seg  = blockIdx.y;
+    const int n    = args.segs[3*seg + 2];
+    const int cell = blockIdx.x*EXPECTED_CELLS;
+    if (cell >= n) {
+        return;
+    }
+    const int64_t row  = args.segs[3*seg + 1];
+    const int     offs = args.offset(seg);
+
+    const float * q = args.q + (int64_t) args.segs[3*seg]*args.n_gqa*D;
+    for (int i = threadIdx.x; i < args.n_gqa*D; i += EXPECTED_THREADS) {
+        means[i] = args.scale*q[i];
+    }
+    __syncthreads();
+
+    // 8 threads per row
+    const int sub = threadIdx.x % 8;
+    for (int i = threadIdx.x / 8; i < EXPECTED_CELLS; i += EXPECTED_THREADS/8) {
+        const int  c        = cell + i;
+        const bool competes = c < n && args.pos[offs + min(c, n - 1)] >= args.pos_first;
+
+        float k[NJ][8];
+        load_row<type, D>(args.k + (row + min(c, n - 1))*row_bytes(type, D), sub, k);
+
+        for (int g = 0; g < args.n_gqa; ++g) {
+            float dot = 0.0f;
+#pragma unroll
+            for (int j = 0; j < NJ; ++j) {
+                if (8*j + sub < D/8) {
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {
+                        dot += k[j][e]*means[g*D + 8*(8*j + sub) + e];
+                    }
+                }
+            }
+            dot = sum_threads<8>(dot);
+
+            if (sub == 0) {
+                tile[g*EXPECTED_CELLS + i] = competes ? dot : -INFINITY;
+                if (c < n) {
+                    args.logits[(int64_t) g*args.n_cells + offs + c] = competes ? dot : -INFINITY;
+                }
+            }
+        }
+    }
+    __syncthreads();
+
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int g = threadIdx.x/WARP_SIZE; g < args.n_gqa; g += EXPECTED_THREADS/WARP_SIZE) {
+        const float * x = tile + g*EXPECTED_CELLS;
+
+        float m = -INFINITY;
+        for (int i = lane; i < EXPECTED_CELLS; i += WARP_SIZE) {
+            m = fmaxf(m, x[i]);
+        }
+        m = warp_reduce_max(m);
+
+        float l = 0.0f;
+        for (int i = lane; i < EXPECTED_CELLS && m > -INFINITY; i += WARP_SIZE) {
+            l += expf(x[i] - m);
+        }
+        l = warp_reduce_sum(l);
+
+        if (lane == 0) {
+            args.parts[((int64_t) seg*gridDim.x + blockIdx.x)*args.n_gqa + g] = make_float2(m, l);
+        }
+    }
+}
+
+__launch_bounds__(EXPECTED_THREADS)
+static __global__ void expected_weights(const expected_args args) {
+    __shared__ float2 totals[EXPECTED_MAX_GQA]; // maximum, and what to multiply exponentials with
+
+    const int seg  = blockIdx.y;
+    const int n    = args.segs[3*seg + 2];
+    const int cell = blockIdx.x*EXPECTED_CELLS;
+    if (cell >= n) {
+        return;
+    }
+    const int offs     = args.offset(seg);
+    const int n_blocks = (n + EXPECTED_CELLS - 1)/EXPECTED_CELLS;
+
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int g = threadIdx.x/WARP_SIZE; g < args.n_gqa; g += EXPECTED_THREADS/WARP_SIZE) {
+        const float2 * parts = args.parts + (int64_t) seg*gridDim.x*args.n_gqa + g;
+
+        float m = -INFINITY;
+        for (int b = lane; b < n_blocks; b += WARP_SIZE) {
+            m = fmaxf(m, parts[b*args.n_gqa].x);
+        }
+        m = warp_reduce_max(m);
+
+        float l = 0.0f;
+        for (int b = lane; b < n_blocks && m > -INFINITY; b += WARP_SIZE) {
+            const float2 part = parts[b*args.n_gqa];
+            l += part.y*expf(part.x - m);
+        }
+        l = warp_reduce_sum(l);
+
+        if (lane == 0) {
+            totals[g] = l > 0.0f ? make_float2(m, 1.0f/(l*args.n_gqa)) : make_float2(0.0f, 0.0f);
+        }
+    }
+    __syncthreads();
+
+    for (int c = cell + threadIdx.x; c < min(n, cell + EXPECTED_CELLS); c += EXPECTED_THREADS) {
+        float res = 0.0f;
+        for (int g = 0; g < args.n_gqa; ++g) {
+            res += totals[g].y*expf(args.logits[(int64_t) g*args.n_cells + offs + c] - totals[g].x);
+        }
+        args.dst[offs + c] = res;
+    }
+}
+
+template <ggml_type type, int D>
+static void launch_expected(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    expected_args args = {};
+
+    args.q         = (const float *)   dst->src[0]->data;
+    args.k         = (const char *)    dst->src[1]->data;
+    args.segs      = (const int32_t *) dst->src[2]->data;
+    args.pos       = (const int32_t *) dst->src[3]->data;
+    args.dst       = (float *)         dst->data;
+    args.n_cells   = dst->ne[0];
+    args.n_gqa     = dst->src[0]->ne[1]/ggml_get_op_params_i32(dst, 1);
+    args.pos_first = ggml_get_op_params_i32(dst, 3);
+    args.scale     = ggml_get_op_params_f32(dst, 6);
+
+    const int  n_max = ggml_get_op_params_i32(dst, 2);
+    const dim3 grid((n_max + EXPECTED_CELLS - 1)/EXPECTED_CELLS, dst->src[2]->ne[1]);
+
+    ggml_cuda_pool_alloc<float>  logits(ctx.pool(), (size_t) args.n_gqa*args.n_cells);
+    ggml_cuda_pool_alloc<float2> parts (ctx.pool(), (size_t) grid.x*grid.y*args.n_gqa);
+
+    args.logits = logits.get();
+    args.parts  = parts.get();
+
+    const int smem = args.n_gqa*(D + EXPECTED_CELLS)*sizeof(float);
+
+    expected_logits<type, D><<<grid, EXPECTED_THREADS, smem, ctx.stream()>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+    expected_weights<<<grid, EXPECTED_THREADS, 0, ctx.stream()>>>(args);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <ggml_type type>
+static void launch_expected(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[1]->ne[0]) {
+        case  64: launch_expected<type,  64>(ctx, dst); break;
+        case  96: launch_expected<type,  96>(ctx, dst); break;
+        case 128: launch_expected<type, 128>(ctx, dst); break;
+        case 256: launch_expected<type, 256>(ctx, dst); break;
+        case  80:
+            if constexpr (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
+                launch_expected<type, 80>(ctx, dst);
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+static void expected_scores(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (dst->src[1]->type) {
+        case GGML_TYPE_F32:  launch_expected<GGML_TYPE_F32> (ctx, dst); break;
+        case GGML_TYPE_F16:  launch_expected<GGML_TYPE_F16> (ctx, dst); break;
+        case GGML_TYPE_BF16: launch_expected<GGML_TYPE_BF16>(ctx, dst); break;
+        case GGML_TYPE_Q8_0: launch_expected<GGML_TYPE_Q8_0>(ctx, dst); break;
+        case GGML_TYPE_Q4_0: launch_expected<GGML_TYPE_Q4_0>(ctx, dst); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+void ggml_cuda_scores_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    switch (ggml_get_scores_ragged(dst)) {
+        case GGML_SCORES_RAGGED_QUERY_SUMS: query_sums     (ctx, dst); break;
+        case GGML_SCORES_RAGGED_EXPECTED:   expected_scores(ctx, dst); break;
+        case GGML_SCORES_RAGGED_CRITICAL:   critical_scores(ctx, dst); break;
+        default: GGML_ABORT("fatal error");
+    }
 }
 
 bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
@@ -2181,6 +2496,9 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
     const auto is_type = [](const ggml_tensor * t) {
         return t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
     };
+
+    // compiled, but not run on a GPU yet
+    static const bool use_untried = getenv("GGML_CUDA_RAGGED_UNTRIED") != nullptr;
 
     // as the cache has them: a head of K as a whole, V by ROT_MIN
     const auto is_rot = [](const ggml_tensor * k, const int n_rot_k, const int n_rot_v) {
@@ -2213,6 +2531,24 @@ bool ggml_cuda_ragged_supported(int device, const ggml_tensor * dst) {
         }
         case GGML_OP_BOTTOM_K_RAGGED:
             return true;
+        case GGML_OP_SCORES_RAGGED:
+            if (!use_untried) {
+                return false;
+            }
+            switch (ggml_get_scores_ragged(dst)) {
+                case GGML_SCORES_RAGGED_QUERY_SUMS:
+                    return !dst->src[4]; // no outer products
+                case GGML_SCORES_RAGGED_EXPECTED: {
+                    const ggml_tensor * k = dst->src[1];
+
+                    return !dst->src[4] && !dst->src[5] && (is_type(k) || k->type == GGML_TYPE_F32) && is_head_size(k) &&
+                        dst->src[0]->ne[1]/ggml_get_op_params_i32(dst, 1) <= EXPECTED_MAX_GQA;
+                }
+                case GGML_SCORES_RAGGED_CRITICAL:
+                    return true;
+                default:
+                    return false;
+            }
         default:
             return false;
     }
