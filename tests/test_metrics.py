@@ -288,25 +288,25 @@ def test_criticalkv_is_a_choice_in_two_stages(states: list[LayerState], base: st
 @pytest.mark.parametrize(
     ("other", "params", "defaults", "share"),
     [
-        ("expectedattention", {"future": FUTURE}, {"covariance": 0, "vnorm": 0}, 0.5),
+        ("expectedattention", {"future": FUTURE}, {"covariance": 0, "vnorm": 0}, None),
         ("expectedattention", {"future": FUTURE, "covariance": 1, "vnorm": 1}, {}, 0.7),
         ("kvzip", {}, {}, 0.25),
     ],
 )
 def test_keydiff_and_another_share_a_budget(
-    states: list[LayerState], other: str, params: dict[str, int], defaults: dict[str, int], share: float
+    states: list[LayerState], other: str, params: dict[str, int], defaults: dict[str, int], share: float | None
 ) -> None:
     for state in states:
         reconstruction = torch.rand(2, state.keys.shape[1], generator=torch.Generator().manual_seed(0))
         state = replace(state, reconstruction=reconstruction)
-        got = metrics.get(f"keydiff-{other}", **params, **({} if share == 0.5 else {"share": share})).score(state)
+        got = metrics.get(f"keydiff-{other}", **params, **({} if share is None else {"share": share})).score(state)
         orders = [
             metric.score(state).masked_fill(state.is_protected, torch.inf).argsort(descending=True, stable=True).tolist()
             for metric in (metrics.get("keydiff"), metrics.get(other, **params, **defaults))
         ]
         for head in range(2):
             for budget in (8, 21, 40, 89):
-                chosen = orders[0][head][: int(share * budget)]
+                chosen = orders[0][head][: int((0.75 if share is None else share) * budget)]
                 chosen = chosen + [i for i in orders[1][head] if i not in chosen][: budget - len(chosen)]
                 assert set(got[head].argsort(descending=True)[:budget].tolist()) == set(chosen)
 
@@ -416,6 +416,7 @@ def test_every_metric_is_found_by_its_name() -> None:
         ("snapkv:window=0", "window must be a whole number of at least 1"),
         ("snapkv:window=1.5", "window must be a whole number"),
         ("snapkv:kernel=4", "kernel must be odd"),
+        ("keydiff-kvzip:share=1.5", "share must be a number of at most 1"),
         ("expectedattention:epsilon=nan", "epsilon must be a number"),
         ("random:seed=-1", "seed must be a whole number"),
         ("random:seed=9999999999", "seed must be a whole number"),

@@ -235,6 +235,7 @@ def test_memory_is_counted(tiny: TinyModel, name: str) -> None:
         ({"lukv.metric": "nonsense"}, "lukv.metric is 'nonsense', but this build knows only: .*snapkv"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 0}, "lukv.metric.window is 0, but must be at least 1"),
         ({"lukv.metric": "snapkv", "lukv.metric.kernel": 4}, "lukv.metric.kernel is 4, but must be odd"),
+        ({"lukv.metric": "keydiff-expectedattention", "lukv.metric.share": 1.5}, "lukv.metric.share is 1.5, but must be at most 1"),
         ({"lukv.metric": "snapkv", "lukv.metric.window": 16.0}, "lukv.metric.window has the type f32 but must be u32"),
         ({"lukv.metric": "snapkv", "lukv.metric.epsilon": 0.1}, "lukv.metric.epsilon is not a parameter of the metric snapkv"),
         ({"lukv.metric": "cake", "lukv.metric.gamma": float("nan")}, "lukv.metric.gamma is nan"),

@@ -23,17 +23,20 @@ class KeyDiffAnd(Metric):
     loses a sentence of it, attention the other way round.
 
     Parameters: ``share``, KeyDiff's part of a budget; those of the other metric. Beside KeyDiff, ExpectedAttention ranks
-    better, and for less, by the mean query alone: ``covariance`` and ``vnorm`` are 0 by default here.
+    better, and for less, by the mean query alone (``covariance`` and ``vnorm`` 0).
     """
 
     name = KeyDiff.name
     cost = "T d, and that of the other metric"
-    bases: ClassVar = (ExpectedAttention.name, KVZip.name)
+    bases: ClassVar = {
+        ExpectedAttention.name: {"share": 0.75, "covariance": 0, "vnorm": 0},
+        KVZip.name: {"share": 0.5},
+    }
+    """The other metrics, and the defaults of their parameters beside KeyDiff."""
 
     def __init__(self, other: type[Metric], **params: float) -> None:
         self.name = f"{KeyDiff.name}-{other.name}"  # type: ignore[misc]
-        plain = dict.fromkeys({"covariance", "vnorm"} & {*other.defaults}, 0)
-        self.defaults, self.minima = {"share": 0.5, **other.defaults, **plain}, other.minima  # type: ignore[misc]
+        self.defaults, self.minima = {**other.defaults, **self.bases[other.name]}, other.minima  # type: ignore[misc]
         self.native, self.policies = other.native, other.policies  # type: ignore[misc]
         super().__init__(**params)
         if self.params["share"] > 1:

@@ -733,17 +733,16 @@ static llama_lukv_metric wrap_criticalkv(const llama_lukv_metric & base) {
 }
 
 // a share of the budget by keydiff, the rest by another metric
-static llama_lukv_metric join_keydiff(const llama_lukv_metric & other) {
+static llama_lukv_metric join_keydiff(const llama_lukv_metric & other, double share, const metric_params & defaults) {
     llama_lukv_metric res = other;
 
     res.name = "keydiff-" + other.name;
-    res.params.push_back({ "share", false, 0.5, 0 });
+    res.params.push_back({ "share", false, share, 0 });
 
-    // beside keydiff the mean query alone ranks better
     for (auto & param : res.params) {
-        const std::string name = param.name;
-        if (name == "covariance" || name == "vnorm") {
-            param.value = 0;
+        const auto it = defaults.find(param.name);
+        if (it != defaults.end()) {
+            param.value = it->second;
         }
     }
 
@@ -794,8 +793,8 @@ static std::vector<llama_lukv_metric> make_metrics() {
         { "foresight",    { window, kernel }, needs_trained, build_foresight, nullptr },
         h2o,
         { "keydiff",      {}, needs_keys, build_keydiff, nullptr },
-        join_keydiff(expected),
-        join_keydiff(kvzip),
+        join_keydiff(expected, 0.75, { { "covariance", 0 }, { "vnorm", 0 } }), // the mean query alone ranks better there
+        join_keydiff(kvzip,    0.5,  {}),
         { "knorm",        {}, needs_nothing, build_knorm,   build_layer_norms },
         kvzip,
         { "random",       { { "seed", true, 0, 0 } }, needs_nothing, build_random, build_layer_random },
