@@ -33,6 +33,7 @@ from lukv_gguf.reference.bounded import BoundedDecoder, BoundedSequences, cells_
 NATIVE = [name for name in metrics.names() if metrics.get(name).native and "capacity" in metrics.get(name).policies]
 CARRYING = ["snapkv:carry=1", "criticalkv-cake:carry=1"]
 AVERAGING = ["h2o:average=1"]
+SHARING = ["keydiff-expectedattention:share=0.3:covariance=1"]
 SMALL = {"window": 16, "future": 64, "seed": 3}  # of the parameters that a metric has
 N_VOCAB = 900
 
@@ -76,7 +77,7 @@ def cells(model: Llama) -> list[set[int]]:
     return [set(runtime.positions(model, *i).tolist()) for i in np.ndindex(runtime.usage(model).used.shape)]
 
 
-@pytest.mark.parametrize("name", NATIVE + CARRYING + AVERAGING)
+@pytest.mark.parametrize("name", NATIVE + CARRYING + AVERAGING + SHARING)
 def test_same_cells_as_the_reference(tiny: TinyModel, name: str) -> None:
     """Several commits during the prompt, then while tokens are generated."""
     model = load(embedded(tiny, name))

@@ -11,11 +11,11 @@ from lukv_gguf.metrics.curdkv import CurDKV
 from lukv_gguf.metrics.expectedattention import ExpectedAttention
 from lukv_gguf.metrics.foresight import Foresight
 from lukv_gguf.metrics.h2o import H2O
-from lukv_gguf.metrics.shares import KeyDiffAnd
 from lukv_gguf.metrics.keydiff import KeyDiff
 from lukv_gguf.metrics.knorm import KNorm
 from lukv_gguf.metrics.kvzip import KVZip
 from lukv_gguf.metrics.random import Random
+from lukv_gguf.metrics.shares import KeyDiffAnd
 from lukv_gguf.metrics.snapkv import SnapKV
 from lukv_gguf.metrics.streamingllm import StreamingLLM
 from lukv_gguf.scorer import Scorer

@@ -49,7 +49,8 @@ class KeyDiffAnd(Metric):
         return Needs.union(metric.needs for metric in self._metrics)
 
     def score(self, state: LayerState) -> Tensor:
-        return in_turns(*(metric.score(state) for metric in self._metrics), state, self.params["share"])
+        share = float(np.float32(self.params["share"]))  # as the file has it
+        return in_turns(*(metric.score(state) for metric in self._metrics), state, share)
 
 
 def in_turns(first: Tensor, second: Tensor, state: LayerState, share: float = 0.5) -> Tensor:

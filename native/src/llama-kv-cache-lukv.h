@@ -192,10 +192,10 @@ public:
     // true if the attention of a layer is computed by one op for all heads
     bool use_ragged(int32_t il, uint32_t n_tokens) const;
 
-    // true if one op scores all heads of a layer, and keeps what that takes
+    // true if one op does that for all heads of a layer
     bool has_scores_op    (int32_t il) const { return ops[map_layer_ids.at(il)].scores; }
     bool has_query_sums_op(int32_t il) const { return ops[map_layer_ids.at(il)].query_sums; }
-    bool has_rotating_op(int32_t il) const { return ops[map_layer_ids.at(il)].rotate; }
+    bool has_rotating_op  (int32_t il) const { return ops[map_layer_ids.at(il)].rotate; }
 
     // tokens of a ubatch for which the attention is one op for all layers, at most
     uint32_t n_tokens_ragged() const;
