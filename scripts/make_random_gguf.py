@@ -1,6 +1,6 @@
 """Write a model of the llama architecture with random weights: for measurements of memory and speed, not of answers.
 
-    python scripts/make_random_gguf.py OUT.gguf [--shape 8b] [--type q4_0] [--ratio 0.2]
+    python scripts/make_random_gguf.py OUT.gguf [--shape 8b] [--type q4_0] [--ratio 0.2 [--metric keydiff]]
 
 With --ratio the file carries a LU-KV table whose budgets are as uneven as those of a real model: drawn from the measured
 kept fractions of SmolLM2-135M at ratio 0.2.
@@ -16,7 +16,7 @@ import click
 import gguf
 import numpy as np
 
-from lukv_gguf import defaults, metadata
+from lukv_gguf import defaults, metadata, metrics
 from lukv_gguf.errors import LukvError
 
 # quantiles 0, 0.05, ... 1 of the budgets that `lukv-gguf embed` gives SmolLM2-135M with its defaults
@@ -128,16 +128,20 @@ def write(path: Path, shape: Shape, kind: gguf.GGMLQuantizationType, n_ctx: int)
 @click.option("--type", "kind", type=click.Choice(sorted(TYPES)), default="q4_0", show_default=True)
 @click.option("--n-ctx", default=131072 + 4096, show_default=True, help="Context that the model claims to be made for.")
 @click.option("--ratio", type=float, help="Add a LU-KV table for this kept fraction.")
-def main(out: Path, shape: str, kind: str, n_ctx: int, ratio: float | None) -> None:
+@click.option("--metric", default=defaults.METRIC, show_default=True, help="The metric of that table.")
+def main(out: Path, shape: str, kind: str, n_ctx: int, ratio: float | None, metric: str) -> None:
     """Write a random model to OUT."""
     chosen = SHAPES[shape]
     if ratio is None:
         write(out, chosen, TYPES[kind], n_ctx)
         return
     try:
+        ranking = metrics.parse(metric)
+        metrics.require_native(ranking)
         budget = random_budgets(chosen.n_layer, chosen.n_head_kv, ratio)
         table = metadata.LukvMetadata(
-            ratio=ratio, metric="keydiff", sink=defaults.SINK, recent=defaults.RECENT, policy="capacity", budget=budget,
+            ratio=ratio, metric=ranking.name, metric_params=ranking.params, sink=defaults.SINK, recent=defaults.RECENT,
+            policy="capacity", budget=budget,
             profile_ratios=np.array([ratio]), profile_budget=budget[None], provenance={"source": "random"},
         )  # fmt: skip
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
