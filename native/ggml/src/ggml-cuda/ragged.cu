@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <type_traits>
 
 // The ops of ggml-ragged.h
 //
@@ -1985,6 +1986,37 @@ static __global__ void keydiff_score(const keydiff_args args) {
     });
 }
 
+// calls f(type, D) for rows that scores are made of, both as integral constants
+template <ggml_type type, typename F>
+static void with_rows_of(const int d, const F & f) {
+    constexpr std::integral_constant<ggml_type, type> t;
+
+    switch (d) {
+        case  64: f(t, std::integral_constant<int,  64>()); break;
+        case  96: f(t, std::integral_constant<int,  96>()); break;
+        case 128: f(t, std::integral_constant<int, 128>()); break;
+        case 256: f(t, std::integral_constant<int, 256>()); break;
+        case  80:
+            if constexpr (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
+                f(t, std::integral_constant<int, 80>());
+                break;
+            }
+        default: GGML_ABORT("fatal error");
+    }
+}
+
+template <typename F>
+static void with_rows(const ggml_tensor * k, const F & f) {
+    switch (k->type) {
+        case GGML_TYPE_F32:  with_rows_of<GGML_TYPE_F32> (k->ne[0], f); break;
+        case GGML_TYPE_F16:  with_rows_of<GGML_TYPE_F16> (k->ne[0], f); break;
+        case GGML_TYPE_BF16: with_rows_of<GGML_TYPE_BF16>(k->ne[0], f); break;
+        case GGML_TYPE_Q8_0: with_rows_of<GGML_TYPE_Q8_0>(k->ne[0], f); break;
+        case GGML_TYPE_Q4_0: with_rows_of<GGML_TYPE_Q4_0>(k->ne[0], f); break;
+        default: GGML_ABORT("fatal error");
+    }
+}
+
 template <ggml_type type, int D>
 static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     keydiff_args args = {};
@@ -2000,31 +2032,8 @@ static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_kernel_launch(keydiff_score<type, D>, { dim3(n_blocks), KEYDIFF_THREADS, 0, ctx.stream() }, args);
 }
 
-template <ggml_type type>
-static void launch_keydiff(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    switch (dst->src[0]->ne[0]) {
-        case  64: launch_keydiff<type,  64>(ctx, dst); break;
-        case  96: launch_keydiff<type,  96>(ctx, dst); break;
-        case 128: launch_keydiff<type, 128>(ctx, dst); break;
-        case 256: launch_keydiff<type, 256>(ctx, dst); break;
-        case  80:
-            if constexpr (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
-                launch_keydiff<type, 80>(ctx, dst);
-                break;
-            }
-        default: GGML_ABORT("fatal error");
-    }
-}
-
 void ggml_cuda_keydiff_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    switch (dst->src[0]->type) {
-        case GGML_TYPE_F32:  launch_keydiff<GGML_TYPE_F32> (ctx, dst); break;
-        case GGML_TYPE_F16:  launch_keydiff<GGML_TYPE_F16> (ctx, dst); break;
-        case GGML_TYPE_BF16: launch_keydiff<GGML_TYPE_BF16>(ctx, dst); break;
-        case GGML_TYPE_Q8_0: launch_keydiff<GGML_TYPE_Q8_0>(ctx, dst); break;
-        case GGML_TYPE_Q4_0: launch_keydiff<GGML_TYPE_Q4_0>(ctx, dst); break;
-        default: GGML_ABORT("fatal error");
-    }
+    with_rows(dst->src[0], [&](auto type, auto d) { launch_keydiff<type(), d()>(ctx, dst); });
 }
 
 //
@@ -2068,7 +2077,7 @@ static __global__ void bottom_k_ragged(const float * x, const int32_t * segs, in
     const int lane = tid % WARP_SIZE;
     const int warp = tid / WARP_SIZE;
 
-    // a row's number, its cells, and how many to find; for a choice the scores are one behind the other
+    // segs: first row, cells, and how many to find; of a choice KV head, row of the norms, and cells: its scores are one behind the other
     const int n = segs[3*blockIdx.x + (is_choice ? 2 : 1)];
     const int k = is_choice ? n - min(choice.n_first[blockIdx.x], n) : min(segs[3*blockIdx.x + 2], n);
 
@@ -2263,7 +2272,7 @@ static void query_sums(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
 static constexpr int EXPECTED_THREADS = 256;
 static constexpr int EXPECTED_CELLS   = 256; // of a block
-static constexpr int EXPECTED_MAX_GQA = 16; // 32 KiB of shared memory with heads of 256
+static constexpr int EXPECTED_MAX_GQA = 16;  // 32 KiB of shared memory with heads of 256
 
 struct expected_args {
     const float   * q;    // [n_head][D]
@@ -2446,31 +2455,8 @@ static void launch_expected(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     CUDA_CHECK(cudaGetLastError());
 }
 
-template <ggml_type type>
-static void launch_expected(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    switch (dst->src[1]->ne[0]) {
-        case  64: launch_expected<type,  64>(ctx, dst); break;
-        case  96: launch_expected<type,  96>(ctx, dst); break;
-        case 128: launch_expected<type, 128>(ctx, dst); break;
-        case 256: launch_expected<type, 256>(ctx, dst); break;
-        case  80:
-            if constexpr (type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
-                launch_expected<type, 80>(ctx, dst);
-                break;
-            }
-        default: GGML_ABORT("fatal error");
-    }
-}
-
 static void expected_scores(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    switch (dst->src[1]->type) {
-        case GGML_TYPE_F32:  launch_expected<GGML_TYPE_F32> (ctx, dst); break;
-        case GGML_TYPE_F16:  launch_expected<GGML_TYPE_F16> (ctx, dst); break;
-        case GGML_TYPE_BF16: launch_expected<GGML_TYPE_BF16>(ctx, dst); break;
-        case GGML_TYPE_Q8_0: launch_expected<GGML_TYPE_Q8_0>(ctx, dst); break;
-        case GGML_TYPE_Q4_0: launch_expected<GGML_TYPE_Q4_0>(ctx, dst); break;
-        default: GGML_ABORT("fatal error");
-    }
+    with_rows(dst->src[1], [&](auto type, auto d) { launch_expected<type(), d()>(ctx, dst); });
 }
 
 void ggml_cuda_scores_ragged(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
