@@ -128,16 +128,21 @@ def write(path: Path, shape: Shape, kind: gguf.GGMLQuantizationType, n_ctx: int)
 @click.option("--type", "kind", type=click.Choice(sorted(TYPES)), default="q4_0", show_default=True)
 @click.option("--n-ctx", default=131072 + 4096, show_default=True, help="Context that the model claims to be made for.")
 @click.option("--ratio", type=float, help="Add a LU-KV table for this kept fraction.")
-@click.option("--metric", default=defaults.METRIC, show_default=True, help="The metric of that table.")
-def main(out: Path, shape: str, kind: str, n_ctx: int, ratio: float | None, metric: str) -> None:
+@click.option("--metric", help=f"The metric of that table.  [default: {defaults.METRIC}]")
+def main(out: Path, shape: str, kind: str, n_ctx: int, ratio: float | None, metric: str | None) -> None:
     """Write a random model to OUT."""
     chosen = SHAPES[shape]
     if ratio is None:
+        if metric is not None:
+            raise SystemExit("make_random_gguf: error: --metric is for a table: give --ratio, too")
         write(out, chosen, TYPES[kind], n_ctx)
         return
     try:
-        ranking = metrics.parse(metric)
+        ranking = metrics.parse(metric or defaults.METRIC)
         metrics.require_native(ranking)
+        _ = ranking.weights_digest  # raises where it needs weights
+        if "capacity" not in ranking.policies:
+            raise LukvError(f"the table has the policy capacity, metric {ranking.name} works with {', '.join(ranking.policies)}")
         budget = random_budgets(chosen.n_layer, chosen.n_head_kv, ratio)
         table = metadata.LukvMetadata(
             ratio=ratio, metric=ranking.name, metric_params=ranking.params, sink=defaults.SINK, recent=defaults.RECENT,
